@@ -1,0 +1,110 @@
+// The contract of every native op: one plain struct of pointers and sizes, one function per backend.
+//
+// Dimension letters: B batch, R frontier rows, K top_k, N candidates, T tree nodes, D longest path (root
+// included), V vocabulary, W ancestor words (64 nodes each), G key-value heads, L cache slots, E end tokens.
+// Integers are int64 throughout; strides are in elements; innermost dimensions are contiguous unless a
+// stride is given. An op allocates nothing that outlives it, never synchronises, and reads lengths, counts
+// and flags from memory, so that a CUDA graph can replay it. `stream` is a cudaStream_t (null on the CPU).
+#pragma once
+
+#include <cstdint>
+
+namespace vispec {
+
+enum class DType : int32_t { f32 = 0, f16 = 1, bf16 = 2 };
+
+// One level of the draft tree: log-softmax of every frontier row, its best K tokens, cumulative scores,
+// and the best K of all R*K children as the next frontier. Ties: higher score first, then lower index.
+// NaN logits count as -inf; log-probabilities never exceed 0, so a child never outranks its parent.
+struct GrowLevel {
+  const void* logits;              // [B, R, V] dtype
+  int64_t logits_batch_stride;     // elements
+  int64_t logits_row_stride;       // elements
+  DType dtype;
+  const float* frontier_scores;    // [B, R] cumulative log-probability of each frontier row
+  const int64_t* frontier;         // [B, R] candidate index of each frontier row; -1 is the root
+  const int64_t* head_tokens;      // [V] token id of each logit column, or null: the column itself
+  int64_t* candidate_tokens;       // [B, N] written at columns [offset, offset + R*K)
+  float* candidate_scores;         // [B, N] likewise
+  int64_t* candidate_parents;      // [B, N] likewise: the candidate index of the parent
+  int64_t* next_frontier;          // [B, K] candidate index
+  int64_t* next_rows;              // [B, K] the row in [0, R) that each one descends from
+  int64_t* next_tokens;            // [B, K]
+  float* next_scores;              // [B, K]
+  int64_t B, R, V, K, N, offset;
+  void* stream;
+};
+
+// The final tree: the best T-1 of N candidates (score, then lower index), in order of creation, behind the root.
+struct BuildTree {
+  const int64_t* root_tokens;        // [B]
+  const int64_t* candidate_tokens;   // [B, N]
+  const float* candidate_scores;     // [B, N]
+  const int64_t* candidate_parents;  // [B, N] candidate index, -1: child of the root
+  int64_t* tokens;                   // [B, T] node 0 is the root
+  int64_t* parents;                  // [B, T] node index, -1 for the root
+  int64_t* depths;                   // [B, T] number of ancestors
+  int64_t* ancestors;                // [B, T, W] bit i of word i/64: node i is an ancestor or the node itself
+  float* scores;                     // [B, T] cumulative log-probability, 0 for the root
+  int64_t B, N, T, W;                // T <= N + 1, T <= 256, W = ceil(T / 64)
+  void* stream;
+};
+
+// Verification: the target's own choice at every visited node (argmax, or one draw keyed by seed and absolute
+// position), followed down the tree while a child carries it. Emits at most `remaining` tokens and none
+// after an end token. `counts` nodes of `path` (root first) are to be committed: as many as tokens emitted.
+struct Accept {
+  const void* logits;            // [B, T, V] dtype; +inf or NaN on a visited row sets status
+  int64_t logits_batch_stride;   // elements
+  int64_t logits_row_stride;     // elements
+  DType dtype;
+  const int64_t* tokens;         // [B, T]
+  const int64_t* parents;        // [B, T]
+  const int64_t* lengths;        // [B] committed tokens; the draw at a node uses position lengths + depth
+  int64_t do_sample;             // 0: argmax, lowest index wins ties
+  const float* temperature;      // [B] > 0
+  const int64_t* top_k;          // [B] 0: off
+  const float* top_p;            // [B] 1: off
+  const float* min_p;            // [B] 0: off
+  const int64_t* seeds;          // [B] 64-bit Philox key
+  const int64_t* end_tokens;     // [E]
+  const int64_t* remaining;      // [B] tokens the row may still emit
+  int64_t* finished;             // [B] in and out: nonzero rows emit nothing
+  int64_t* path;                 // [B, D] node indices, root first, -1 beyond counts
+  int64_t* emitted;              // [B, D] token ids, -1 beyond counts
+  int64_t* counts;               // [B] tokens emitted = nodes committed
+  int64_t* status;               // [B] 0: fine, 1: logits that are not finite on the visited path
+  int64_t B, T, V, D, E;
+  void* workspace;               // GPU only: see accept_workspace_bytes
+  void* stream;
+};
+
+// The accepted rows of every layer's keys and values moved in place: slot lengths + path[j] to lengths + j.
+struct Commit {
+  void* const* tensors;     // [count] base pointers, each [B, G, L, head] with the strides below
+  int64_t tensor_count;
+  int64_t element_bytes;
+  int64_t batch_stride, head_stride, slot_stride;  // elements
+  const int64_t* path;      // [B, D]
+  const int64_t* counts;    // [B]
+  const int64_t* lengths;   // [B] committed before this round
+  int64_t B, G, L, head, D;
+  void* stream;
+};
+
+namespace cpu {
+void grow_level(const GrowLevel&);
+void build_tree(const BuildTree&);
+void accept(const Accept&);
+void commit(const Commit&);
+}  // namespace cpu
+
+namespace cuda {
+int64_t accept_workspace_bytes(int64_t B, int64_t T, int64_t V);
+void grow_level(const GrowLevel&);
+void build_tree(const BuildTree&);
+void accept(const Accept&);
+void commit(const Commit&);  // `tensors` lies in device memory
+}  // namespace cuda
+
+}  // namespace vispec

@@ -1,0 +1,207 @@
+"""`fast_generate`: what `model.generate` returns, sooner."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from vispec.decode.round import Engine, RoundEvent
+from vispec.decode.stats import GenerationStats
+from vispec.decode.stopping import Transcript
+from vispec.drafts.base import Draft
+from vispec.ops import Sampling
+from vispec.targets import GenerationSettings, Target, load_target, resolve_settings
+from vispec.tree import TreeConfig
+
+# Below this temperature sampling is the argmax, and dividing by it would only overflow.
+GREEDY_TEMPERATURE = 1e-5
+
+
+@dataclass
+class GenerationResult:
+    """Returned with ``return_dict_in_generate=True``.
+
+    Attributes:
+        sequences: [B, prompt + new] int64, right-padded with the pad id.
+        stats: rounds, accepted tokens and times.
+    """
+
+    sequences: Tensor
+    stats: GenerationStats
+
+
+def fast_generate(
+    model: Any,
+    draft: Draft | None,
+    inputs: Mapping[str, Any],
+    *,
+    tree: TreeConfig | None = None,
+    seed: int | Sequence[int] | None = None,
+    streamer: Any = None,
+    on_round: Callable[[RoundEvent], None] | None = None,
+    **options: Any,
+) -> Tensor | GenerationResult:
+    """Generates what `model.generate(**inputs, **options)` would, several tokens a pass.
+
+    Greedy output is the target's own argmax at every position. Sampled output follows the target's distribution
+    exactly, and with a seed it is the same whatever the draft, the tree or the batch it ran in.
+
+    Args:
+        model: a Hugging Face causal LM or ...ForConditionalGeneration, as the caller loaded it. It is as before
+            when the call returns or raises.
+        draft: a draft made for this model, or None for plain decoding on the same engine.
+        inputs: what the processor returned; `input_ids` [B, S] int64 with an `attention_mask` when rows are padded
+            (left or right), and the pictures.
+        tree: sizes of the draft tree (default: depth 3, top_k 8, 30 nodes).
+        seed: key of the sampling noise: one for all rows (equal prompts then get equal answers) or one a row.
+            Default: drawn from torch's generator, one a row.
+        streamer: a Hugging Face streamer; batch 1.
+        on_round: called after every round with a `RoundEvent`.
+        **options: generation options by `generate`'s names (max_new_tokens, max_length, do_sample, temperature,
+            top_k, top_p, min_p, eos_token_id, pad_token_id, repetition_penalty, stopping_criteria, ...);
+            what is not given comes from the model's `generation_config`.
+
+    Returns: [B, S + new] int64, right-padded, or a `GenerationResult` with ``return_dict_in_generate=True``.
+    Raises:
+        ValueError: bad input, by name, before any work.
+        FloatingPointError: logits that are not finite, with the round.
+    Notes: the host reads a few integers each round.
+    Source: ViSpec (arXiv 2509.15235); tree of EAGLE-2 (arXiv 2406.16858).
+    """
+    target = load_target(model)
+    inputs = _checked_inputs(inputs, target)
+    tokens = inputs["input_ids"]
+    settings = resolve_settings(target.model, tokens, options)
+    tree = TreeConfig() if tree is None else tree
+    _check_limits(target, draft, inputs, settings, tree, streamer)
+    stats = GenerationStats()
+    with torch.inference_mode(), target.session():
+        with stats.timed("prefill"):
+            prompt = target.prefill(inputs)
+        transcript = Transcript(prompt.tokens, prompt.lengths, settings.max_new_tokens, settings.criteria)
+        engine = Engine(
+            target,
+            prompt,
+            transcript,
+            _sampling(settings, seed, len(tokens), target),
+            torch.tensor(settings.eos_token_ids, dtype=torch.int64, device=tokens.device),
+            settings.processors,
+            stats,
+        )
+        watch = _Watcher(streamer, on_round, tokens)
+        with stats.timed("accept"):
+            event = engine.first(prompt.logits)
+        watch(event)
+        if draft is not None and not transcript.done:
+            with stats.timed("draft"):
+                engine.draft = draft.start(target, prompt, engine.roots, tree)
+        del prompt
+        while not transcript.done:
+            watch(engine.step())
+        watch.end()
+    sequences = transcript.sequences(tokens, settings.pad_token_id)
+    return GenerationResult(sequences, stats) if settings.return_dict else sequences
+
+
+class _Watcher:
+    """Feeds a streamer token by token, as `generate` does, and a callback round by round."""
+
+    def __init__(self, streamer: Any, on_round: Callable[[RoundEvent], None] | None, prompt: Tensor) -> None:
+        self._streamer = streamer
+        self._on_round = on_round
+        if streamer is not None:
+            streamer.put(prompt.cpu())
+
+    def __call__(self, event: RoundEvent) -> None:
+        if self._streamer is not None:
+            for token in event.emitted[0]:
+                self._streamer.put(torch.tensor([token]))
+        if self._on_round is not None:
+            self._on_round(event)
+
+    def end(self) -> None:
+        if self._streamer is not None:
+            self._streamer.end()
+
+
+def _checked_inputs(inputs: Mapping[str, Any], target: Target) -> dict[str, Any]:
+    """The processor's output as a plain dict on the model's device."""
+    if not hasattr(inputs, "keys") or "input_ids" not in inputs:
+        raise ValueError(f"fast_generate: inputs must hold input_ids, got {type(inputs).__name__}")
+    found = {
+        name: value.to(target.device) if isinstance(value, Tensor) else value
+        for name, value in dict(inputs).items()
+        if value is not None
+    }
+    tokens = found["input_ids"]
+    if not isinstance(tokens, Tensor) or tokens.dtype != torch.int64 or tokens.ndim != 2:
+        shape = tuple(tokens.shape) if isinstance(tokens, Tensor) else type(tokens).__name__
+        raise ValueError(f"fast_generate: input_ids must be int64 [B, S], got {shape}")
+    mask = found.get("attention_mask")
+    if mask is not None and mask.shape != tokens.shape:
+        raise ValueError(
+            f"fast_generate: attention_mask must be {tuple(tokens.shape)} like input_ids, got {tuple(mask.shape)}"
+        )
+    if not tokens.numel() or (mask is not None and bool((mask.sum(1) == 0).any())):
+        raise ValueError(f"fast_generate: prompt must not be empty, got input_ids of shape {tuple(tokens.shape)}")
+    return found
+
+
+def _check_limits(
+    target: Target,
+    draft: Draft | None,
+    inputs: Mapping[str, Any],
+    settings: GenerationSettings,
+    tree: TreeConfig,
+    streamer: Any,
+) -> None:
+    batch, length = inputs["input_ids"].shape
+    if "attention_mask" in inputs:
+        length = int(inputs["attention_mask"].sum(1).max())
+    limit = target.max_positions
+    if limit is not None and length + settings.max_new_tokens > limit:
+        raise ValueError(
+            f"fast_generate: prompt + max_new_tokens must be at most the model's {limit} positions, "
+            f"got {length} + {settings.max_new_tokens}"
+        )
+    if streamer is not None and batch > 1:
+        raise ValueError(f"fast_generate: a streamer takes batch 1, got {batch}")
+    if draft is not None:
+        draft.check(target)
+        if tree.top_k > target.vocabulary:
+            raise ValueError(
+                f"fast_generate: tree.top_k must be at most the vocabulary {target.vocabulary}, got {tree.top_k}"
+            )
+
+
+def _sampling(
+    settings: GenerationSettings, seed: int | Sequence[int] | None, batch: int, target: Target
+) -> Sampling | None:
+    if not settings.do_sample or settings.temperature < GREEDY_TEMPERATURE:
+        return None
+    if seed is None:
+        seeds = torch.randint(0, 2**63 - 1, (batch,), dtype=torch.int64).tolist()
+    elif isinstance(seed, int):
+        seeds = [seed] * batch
+    else:
+        seeds = list(seed)
+    if len(seeds) != batch:
+        raise ValueError(f"fast_generate: seed must be one number or {batch}, got {len(seeds)}")
+    device = target.device
+    # The key is 64 bits wide; int64 holds the upper half as negative numbers.
+    seeds = [(value + 2**63) % 2**64 - 2**63 for value in seeds]
+
+    def filled(value: float, dtype: torch.dtype) -> Tensor:
+        return torch.full((batch,), value, dtype=dtype, device=device)
+
+    return Sampling(
+        temperature=filled(settings.temperature, torch.float32),
+        top_k=filled(min(settings.top_k, target.vocabulary), torch.int64),
+        top_p=filled(settings.top_p, torch.float32),
+        min_p=filled(settings.min_p, torch.float32),
+        seeds=torch.tensor(seeds, dtype=torch.int64, device=device),
+    )

@@ -1,0 +1,36 @@
+"""What the engine needs of a draft. A draft never changes an answer, only how many tokens a round brings."""
+
+from __future__ import annotations
+
+from typing import Protocol
+
+from torch import Tensor
+
+from vispec.prompt import Prompt
+from vispec.targets import Target
+from vispec.tree import DraftTree, TreeConfig
+
+
+class DraftSession(Protocol):
+    """The state of one draft during one generation of B rows."""
+
+    def propose(self, root_tokens: Tensor) -> DraftTree:
+        """Proposes a tree for each row behind its root [B] int64, the last token that was emitted."""
+
+    def commit(self, features: Tensor, tokens: Tensor, counts: Tensor, host_counts: list[int]) -> None:
+        """Learns what a round committed.
+
+        Shapes: `features` [B, M, C], the target's, of the committed nodes, root first; `tokens` [B, M] int64, the
+        token that follows each of them; `counts` [B] int64, how many of the M hold (0: the row is finished); `host_counts` the
+        same on the host.
+        """
+
+
+class Draft(Protocol):
+    """A draft model."""
+
+    def check(self, target: Target) -> None:
+        """Raises ValueError where this draft was not made for that target."""
+
+    def start(self, target: Target, prompt: Prompt, first_tokens: Tensor, tree: TreeConfig) -> DraftSession:
+        """Reads a prefilled prompt and the first sampled token [B] of every row."""

@@ -1,0 +1,196 @@
+"""One generation of a ViSpec draft: its compressed cache, its catch-up pass and its tree."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
+
+from vispec import ops
+from vispec.cache import GROWTH_SLOTS, KeyValueCache
+from vispec.prompt import Prompt
+from vispec.tree import DraftTree, TreeConfig
+
+if TYPE_CHECKING:
+    from vispec.drafts.vispec import ViSpecDraft
+    from vispec.targets import Target
+
+
+class DraftRuntime:
+    """What is computed once from a draft's weights and used by every generation.
+
+    `fc` and `img_fc` are multiplied out, which halves the work of a row:
+    fc([e ; img_fc([f ; g])]) = We e + (Wf Wi) f + (Wf Wg) g + (Wf b_img + b), and the two last terms are constant
+    between pictures. The adaptor's queries are folded with its key projection. Rounding apart these are the
+    same maps, and the draft's rounding never reaches an answer.
+    """
+
+    def __init__(self, draft: ViSpecDraft, target: Target) -> None:
+        width = draft.config.hidden_size
+        self.dtype = draft.fc.weight.dtype
+        weight, image = draft.fc.weight.float(), draft.img_fc.weight.float()
+        through = weight[:, width:]
+        self.input_weight = torch.cat([weight[:, :width], through @ image[:, :width]], dim=1).to(self.dtype)
+        self.visual_weight = (through @ image[:, width:]).to(self.dtype)
+        bias = through @ draft.img_fc.bias.float()
+        self.input_bias = (bias if draft.fc.bias is None else bias + draft.fc.bias.float()).to(self.dtype)
+        self.absorbed = None if draft.imadpt is None else draft.imadpt.absorbed_queries().to(self.dtype)
+        self.head_tokens = draft.head_tokens if draft.head_tokens.numel() else None
+        head_bias = getattr(target.head, "bias", None)
+        picked = slice(None) if self.head_tokens is None else self.head_tokens
+        self.head_weight = target.head.weight[picked]
+        self.head_bias = None if head_bias is None else head_bias[picked]
+
+    def constant(self, visual: Tensor) -> Tensor:
+        """What the global features [B, C] add to every later row, [B, 1, C]."""
+        return F.linear(visual, self.visual_weight, self.input_bias)[:, None]
+
+    def rows(self, embeddings: Tensor, features: Tensor, constant: Tensor) -> Tensor:
+        """Input rows of the layer, [B, M, C]."""
+        return F.linear(torch.cat([embeddings, features], -1), self.input_weight) + constant
+
+    def head(self, hidden: Tensor) -> Tensor:
+        """Logits over the draft's vocabulary, [B, M, Vd]."""
+        return F.linear(hidden, self.head_weight, self.head_bias)
+
+
+class Frontier(NamedTuple):
+    """The nodes of one level that are expanded next, [B, K] each: see `ops.grow_level`."""
+
+    candidates: Tensor
+    rows: Tensor
+    tokens: Tensor
+    scores: Tensor
+
+
+class ViSpecSession:
+    """See `vispec.drafts.base.DraftSession`.
+
+    Slots count the compressed sequence, positions the uncompressed one; they never mix. The last row's output of
+    a pass (`_last`, [B, C]) predicts the children of the next root.
+    """
+
+    def __init__(
+        self, draft: ViSpecDraft, target: Target, prompt: Prompt, first_tokens: Tensor, tree: TreeConfig
+    ) -> None:
+        self.draft = draft
+        self.tree = tree
+        self.runtime = draft.runtime(target)
+        self.embedding = target.embedding
+        self._prefill(prompt, first_tokens)
+        batch, device = first_tokens.shape[0], first_tokens.device
+        self._candidate_tokens = torch.empty(batch, tree.candidates, dtype=torch.int64, device=device)
+        self._candidate_parents = torch.empty_like(self._candidate_tokens)
+        self._candidate_scores = torch.empty(batch, tree.candidates, dtype=torch.float32, device=device)
+
+    def _prefill(self, prompt: Prompt, first_tokens: Tensor) -> None:
+        first = self.embedding(first_tokens)
+        rows, places, visuals = [], [], []
+        for index, length in enumerate(prompt.lengths.tolist()):
+            embeddings = torch.cat([prompt.embeddings[index, 1:length], first[index : index + 1]])
+            row, place, visual = self.draft.prompt_rows(
+                embeddings, prompt.features[index, :length], prompt.spans[index], self.runtime.absorbed
+            )
+            rows.append(row)
+            places.append(place)
+            visuals.append(visual)
+        counts = [len(row) for row in rows]
+        lengths = torch.tensor(counts, device=first_tokens.device)
+        hidden = pad_sequence(rows, batch_first=True)
+        config = self.draft.config
+        batch, longest, _ = hidden.shape
+        self.cache = KeyValueCache.allocate(
+            1, batch, config.key_value_heads, config.head_dim, longest + GROWTH_SLOTS, like=hidden
+        )
+        self.cache.begin(longest)
+        output = self.draft(hidden, pad_sequence(places, batch_first=True), None, self.cache)
+        self.cache.advance(lengths, counts)
+        self._last = output[torch.arange(batch, device=hidden.device), lengths - 1]
+        self._positions = prompt.lengths.clone()
+        self._constant = self.runtime.constant(torch.stack(visuals))
+
+    def commit(self, features: Tensor, tokens: Tensor, counts: Tensor, host_counts: list[int]) -> None:
+        """Runs the layer over the newly committed tokens; see `DraftSession.commit`."""
+        batch, count = tokens.shape
+        device = tokens.device
+        hidden = self.runtime.rows(self.embedding(tokens), features, self._constant)
+        self.cache.begin(count)
+        causal = torch.ones(count, count, dtype=torch.bool, device=device).tril().expand(batch, -1, -1)
+        positions = self._positions[:, None] + torch.arange(count, device=device)
+        output = self.draft(hidden, positions, self.cache.mask(causal, hidden.dtype), self.cache)
+        last = output[torch.arange(batch, device=device), (counts - 1).clamp(min=0)]
+        self._last = torch.where((counts > 0)[:, None], last, self._last)
+        self.cache.advance(counts, host_counts)
+        self._positions = self._positions + counts
+
+    def propose(self, root_tokens: Tensor) -> DraftTree:
+        """Grows the tree level by level; see `DraftSession.propose`. No loop runs over nodes."""
+        batch, device = root_tokens.shape[0], root_tokens.device
+        top_k = self.tree.top_k
+        root = Frontier(
+            candidates=torch.full((batch, 1), -1, dtype=torch.int64, device=device),
+            rows=torch.zeros(batch, 1, dtype=torch.int64, device=device),
+            tokens=root_tokens[:, None],
+            scores=torch.zeros(batch, 1, dtype=torch.float32, device=device),
+        )
+        frontier = self._grow(self._last[:, None], root, offset=0)
+        parents = self._last[:, None].expand(-1, top_k, -1)
+        own = torch.eye(top_k, dtype=torch.bool, device=device).expand(batch, -1, -1)
+        ancestors = own
+        for level in range(self.tree.depth):
+            hidden = self._level(level, frontier.tokens, parents, ancestors)
+            frontier = self._grow(hidden, frontier, offset=top_k + level * top_k * top_k)
+            if level + 1 < self.tree.depth:
+                picked = frontier.rows[:, :, None]
+                parents = hidden.gather(1, picked.expand(-1, -1, hidden.shape[-1]))
+                ancestors = torch.cat([ancestors.gather(1, picked.expand(*ancestors.shape)), own], dim=-1)
+        tree = DraftTree.empty(batch, self.tree.nodes, self.tree.longest_path, device)
+        ops.build_tree(
+            root_tokens,
+            self._candidate_tokens,
+            self._candidate_scores,
+            self._candidate_parents,
+            tokens=tree.tokens,
+            parents=tree.parents,
+            depths=tree.depths,
+            ancestors=tree.ancestors,
+            scores=tree.scores,
+        )
+        return tree
+
+    def _level(self, level: int, tokens: Tensor, parents: Tensor, ancestors: Tensor) -> Tensor:
+        """One pass over a frontier: K rows at one position, each seeing the prompt, its ancestors and itself.
+
+        Levels lie one behind another in the slots after the committed ones. Returns [B, K, C].
+        """
+        top_k = tokens.shape[1]
+        hidden = self.runtime.rows(self.embedding(tokens), parents, self._constant)
+        self.cache.begin(top_k, offset=level * top_k)
+        positions = (self._positions + level)[:, None].expand(-1, top_k)
+        return self.draft(hidden, positions, self.cache.mask(ancestors, hidden.dtype), self.cache)
+
+    def _grow(self, hidden: Tensor, frontier: Frontier, offset: int) -> Frontier:
+        """Scores the children of a level's rows and picks the next frontier."""
+        batch, device = hidden.shape[0], hidden.device
+        following = Frontier(
+            *(torch.empty(batch, self.tree.top_k, dtype=torch.int64, device=device) for _ in range(3)),
+            scores=torch.empty(batch, self.tree.top_k, dtype=torch.float32, device=device),
+        )
+        ops.grow_level(
+            self.runtime.head(hidden),
+            frontier.scores,
+            frontier.candidates,
+            candidate_tokens=self._candidate_tokens,
+            candidate_scores=self._candidate_scores,
+            candidate_parents=self._candidate_parents,
+            offset=offset,
+            next_frontier=following.candidates,
+            next_rows=following.rows,
+            next_tokens=following.tokens,
+            next_scores=following.scores,
+            head_tokens=self.runtime.head_tokens,
+        )
+        return following

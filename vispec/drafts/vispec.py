@@ -1,0 +1,327 @@
+"""The ViSpec draft: one decoder layer on the target's features, with a vision adaptor.
+
+Source: ViSpec (arXiv 2509.15235), sections 3.1 to 3.3. Without the adaptor it is EAGLE's draft (arXiv 2401.15077).
+Dimension letters: B rows, S prompt tokens, M draft rows, C hidden units, H heads, D head width, N rows of one
+span, Q adaptor queries, V vocabulary.
+"""
+
+from __future__ import annotations
+
+import json
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+from vispec.cache import KeyValueCache
+from vispec.drafts.session import DraftRuntime, ViSpecSession
+from vispec.prompt import Prompt, Span
+from vispec.targets import Target, load_target
+from vispec.tree import TreeConfig
+
+
+@dataclass(frozen=True)
+class ViSpecDraftConfig:
+    """Sizes of a draft; `num_queries` 0 means no adaptor (EAGLE: image tokens go into the draft one by one).
+
+    `num_key_value_heads` None means full multi-head attention, as all ViSpec drafts have.
+    """
+
+    hidden_size: int
+    intermediate_size: int
+    num_attention_heads: int
+    vocab_size: int
+    num_queries: int = 2
+    num_key_value_heads: int | None = None
+    rms_norm_eps: float = 1e-5
+    rope_theta: float = 10000.0
+    qkv_bias: bool = False
+    fc_bias: bool = True
+
+    @property
+    def head_dim(self) -> int:
+        return self.hidden_size // self.num_attention_heads
+
+    @property
+    def key_value_heads(self) -> int:
+        return self.num_key_value_heads or self.num_attention_heads
+
+
+class VisionAdaptor(nn.Module):
+    """Compresses the N image rows of a span into Q rows by cross-attention with learned queries."""
+
+    def __init__(self, config: ViSpecDraftConfig) -> None:
+        super().__init__()
+        width, heads = config.hidden_size, config.num_attention_heads
+        self.q = nn.Parameter(torch.randn(config.num_queries, heads, config.head_dim) * config.head_dim**-0.5)
+        self.k_proj = nn.Linear(width, width, bias=config.qkv_bias)
+        self.v_proj = nn.Linear(width, width, bias=config.qkv_bias)
+        self.o_proj = nn.Linear(width, width, bias=False)
+
+    def absorbed_queries(self) -> Tensor:
+        """The queries folded with `k_proj`: [Q * H, C] in float32.
+
+        A key's bias adds the same number to all logits of a query and leaves the softmax as it is, so it drops out.
+        """
+        queries, heads, width = self.q.shape
+        keys = self.k_proj.weight.float().view(heads, width, -1)
+        folded = torch.einsum("qhd,hdc->qhc", self.q.float(), keys) * width**-0.5
+        return folded.reshape(queries * heads, -1)
+
+    def forward(self, rows: Tensor, absorbed: Tensor | None = None) -> Tensor:
+        """[N, C] image rows to [Q, C], in the absorbed form: no image row is ever projected.
+
+        `absorbed` is `absorbed_queries()` in the rows' dtype, when it has been computed before.
+        """
+        queries, heads, width = self.q.shape
+        absorbed = self.absorbed_queries().to(rows.dtype) if absorbed is None else absorbed
+        weights = torch.softmax((absorbed @ rows.T).float(), dim=-1).to(rows.dtype)
+        context = (weights @ rows).view(queries, heads, -1)
+        values = self.v_proj.weight.view(heads, width, -1)
+        mixed = torch.einsum("qhc,hdc->qhd", context, values).reshape(queries, -1)
+        if self.v_proj.bias is not None:
+            mixed = mixed + self.v_proj.bias
+        return self.o_proj(mixed)
+
+
+class DraftAttention(nn.Module):
+    """Attention with rotary embeddings on explicit positions."""
+
+    def __init__(self, config: ViSpecDraftConfig) -> None:
+        super().__init__()
+        width = config.hidden_size
+        self.head_dim = config.head_dim
+        shared = config.key_value_heads * config.head_dim
+        self.grouped = shared != width
+        self.q_proj = nn.Linear(width, width, bias=config.qkv_bias)
+        self.k_proj = nn.Linear(width, shared, bias=config.qkv_bias)
+        self.v_proj = nn.Linear(width, shared, bias=config.qkv_bias)
+        self.o_proj = nn.Linear(width, width, bias=False)
+
+    def forward(
+        self, hidden: Tensor, rotary: tuple[Tensor, Tensor], mask: Tensor | None, store: KeyValueCache | None
+    ) -> Tensor:
+        batch, rows, _ = hidden.shape
+
+        def split(projected: Tensor) -> Tensor:
+            return projected.view(batch, rows, -1, self.head_dim).transpose(1, 2)
+
+        query = apply_rotary(split(self.q_proj(hidden)), rotary)
+        key = apply_rotary(split(self.k_proj(hidden)), rotary)
+        value = split(self.v_proj(hidden))
+        if store is not None:
+            key, value = store.update(key, value, 0)
+        mixed = F.scaled_dot_product_attention(
+            query, key, value, attn_mask=mask, is_causal=mask is None, enable_gqa=self.grouped
+        )
+        return self.o_proj(mixed.transpose(1, 2).reshape(batch, rows, -1))
+
+
+class DraftMLP(nn.Module):
+    """SwiGLU."""
+
+    def __init__(self, config: ViSpecDraftConfig) -> None:
+        super().__init__()
+        self.gate_proj = nn.Linear(config.hidden_size, config.intermediate_size, bias=False)
+        self.up_proj = nn.Linear(config.hidden_size, config.intermediate_size, bias=False)
+        self.down_proj = nn.Linear(config.intermediate_size, config.hidden_size, bias=False)
+
+    def forward(self, hidden: Tensor) -> Tensor:
+        return self.down_proj(F.silu(self.gate_proj(hidden)) * self.up_proj(hidden))
+
+
+class DraftLayer(nn.Module):
+    """One Llama layer without an input norm: x -> x + attention(x) -> x + mlp(rmsnorm(x))."""
+
+    def __init__(self, config: ViSpecDraftConfig) -> None:
+        super().__init__()
+        self.self_attn = DraftAttention(config)
+        self.mlp = DraftMLP(config)
+        self.post_attention_layernorm = nn.RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
+
+    def forward(
+        self, hidden: Tensor, rotary: tuple[Tensor, Tensor], mask: Tensor | None, store: KeyValueCache | None
+    ) -> Tensor:
+        hidden = hidden + self.self_attn(hidden, rotary, mask, store)
+        return hidden + self.mlp(self.post_attention_layernorm(hidden))
+
+
+def rotary_tables(positions: Tensor, width: int, theta: float, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """Cosines and sines [B, 1, M, D] for positions [B, M], each frequency twice (rotate-half)."""
+    exponents = torch.arange(0, width, 2, dtype=torch.float32, device=positions.device) / width
+    angles = positions[:, None, :, None].float() * theta**-exponents
+    angles = torch.cat([angles, angles], dim=-1)
+    return angles.cos().to(dtype), angles.sin().to(dtype)
+
+
+def apply_rotary(rows: Tensor, rotary: tuple[Tensor, Tensor]) -> Tensor:
+    """Rotates [B, H, M, D] by the tables of `rotary_tables`."""
+    cosines, sines = rotary
+    first, second = rows.chunk(2, dim=-1)
+    return rows * cosines + torch.cat([-second, first], dim=-1) * sines
+
+
+class ViSpecDraft(nn.Module):
+    """The draft model, in the layout of published ViSpec checkpoints; shares the target's embedding and head.
+
+    Make one with `for_target` or `vispec.load_draft`. Parameters are named as in the published files, but for
+    `embed_tokens`, which belongs to the target.
+    """
+
+    def __init__(self, config: ViSpecDraftConfig) -> None:
+        super().__init__()
+        if config.hidden_size % config.num_attention_heads:
+            raise ValueError(
+                "draft: hidden_size must be a multiple of num_attention_heads, got "
+                f"{config.hidden_size} and {config.num_attention_heads}"
+            )
+        self.config = config
+        width = config.hidden_size
+        self.fc = nn.Linear(2 * width, width, bias=config.fc_bias)
+        self.img_fc = nn.Linear(2 * width, width)
+        self.layers = nn.ModuleList([DraftLayer(config)])
+        self.imadpt = VisionAdaptor(config) if config.num_queries else None
+        # Token ids that the draft's reduced head may propose, [Vd]; empty: the whole vocabulary.
+        self.register_buffer("head_tokens", torch.empty(0, dtype=torch.int64))
+        self._runtime: tuple[tuple, DraftRuntime] | None = None
+        self._reset_image_input()
+
+    def _reset_image_input(self) -> None:
+        """Starts `img_fc` as [I | 0]: without pictures the draft is EAGLE's."""
+        with torch.no_grad():
+            self.img_fc.weight.zero_()
+            self.img_fc.weight[:, : self.config.hidden_size] = torch.eye(self.config.hidden_size)
+            self.img_fc.bias.zero_()
+
+    @classmethod
+    def for_target(cls, model: object, num_queries: int = 2) -> ViSpecDraft:
+        """Fresh weights of the right sizes for a Hugging Face model (or a `Target`), in its dtype, on its device."""
+        target = load_target(model)
+        text = target.text_config
+        draft = cls(
+            ViSpecDraftConfig(
+                hidden_size=text.hidden_size,
+                intermediate_size=text.intermediate_size,
+                num_attention_heads=text.num_attention_heads,
+                vocab_size=target.vocabulary,
+                num_queries=num_queries,
+                rms_norm_eps=getattr(text, "rms_norm_eps", 1e-5),
+                rope_theta=1e6 if "qwen" in text.model_type else 1e4,
+                qkv_bias="qwen" in text.model_type,
+            )
+        )
+        return draft.to(device=target.device, dtype=target.dtype).eval()
+
+    def save_pretrained(self, folder: str | Path) -> None:
+        """Writes `config.json` and `model.safetensors` in the published layout, less the target's embedding."""
+        folder = Path(folder)
+        folder.mkdir(parents=True, exist_ok=True)
+        tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in self.state_dict().items()}
+        if not self.head_tokens.numel():
+            del tensors["head_tokens"]
+        save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+        config = asdict(self.config)
+        config.update(
+            architectures=["ViSpecDraft"],
+            hidden_act="silu",
+            num_hidden_layers=1,
+            num_key_value_heads=self.config.key_value_heads,
+            torch_dtype=str(self.fc.weight.dtype).removeprefix("torch."),
+        )
+        (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n")
+
+    def check(self, target: Target) -> None:
+        """Raises ValueError where the sizes are not this target's."""
+        for name, own, wanted in (
+            ("hidden_size", self.config.hidden_size, target.hidden_size),
+            ("vocab_size", self.config.vocab_size, target.vocabulary),
+        ):
+            if own != wanted:
+                raise ValueError(
+                    f"draft: made for another target: {name} must be {wanted} "
+                    f"({type(target.model).__name__}), got {own}"
+                )
+
+    def combine(self, embeddings: Tensor, features: Tensor, visual: Tensor) -> Tensor:
+        """The layer's input rows: x = fc([embedding of the next token ; img_fc([feature ; g])]), each [..., C]."""
+        return self.fc(torch.cat([embeddings, self.img_fc(torch.cat([features, visual], -1))], -1))
+
+    def forward(
+        self,
+        hidden: Tensor,
+        positions: Tensor,
+        mask: Tensor | None = None,
+        store: KeyValueCache | None = None,
+    ) -> Tensor:
+        """The layer on input rows [B, M, C] at positions [B, M]: predicted features [B, M, C].
+
+        `mask` is additive [B, 1, M, L] (None: causal); `store` a `KeyValueCache` that has begun this pass.
+        """
+        rotary = rotary_tables(positions, self.config.head_dim, self.config.rope_theta, hidden.dtype)
+        return self.layers[0](hidden, rotary, mask, store)
+
+    def compress(self, rows: Tensor, frames: int = 1, absorbed: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        """One span's image rows [N, C] to the rows that replace it and its global feature [C].
+
+        An image gives Q - 1 rows; a video gives Q - 1 rows a frame, and the mean of the frames' global features.
+        """
+        pieces = rows.tensor_split(frames)
+        outputs = torch.stack([self.imadpt(piece, absorbed) for piece in pieces])
+        return outputs[:, :-1].flatten(0, 1), outputs[:, -1].mean(0)
+
+    def prompt_rows(
+        self,
+        embeddings: Tensor,
+        features: Tensor,
+        spans: list[Span],
+        absorbed: Tensor | None = None,
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """The draft's input for one prompt, its spans compressed.
+
+        Shapes: `embeddings` [n, C], row i the embedding of token i + 1 (the last one the first sampled token's);
+        `features` [n, C], row i the target's feature of token i; `spans` in the frame of the tokens.
+        Returns: rows [M, C], their positions [M] int64 (indices into the uncompressed sequence), and the global
+        feature [C] that holds for all later text (zeros when there was no span).
+        """
+        count = embeddings.shape[0]
+        positions = torch.arange(count, device=embeddings.device)
+        visual = torch.zeros_like(embeddings[0])
+        if self.imadpt is None:
+            spans = []
+        rows, places, cursor = [], [], 0
+
+        def text(start: int, stop: int) -> None:
+            if stop > start:
+                rows.append(
+                    self.combine(
+                        embeddings[start:stop], features[start:stop], visual.expand(stop - start, -1)
+                    )
+                )
+                places.append(positions[start:stop])
+
+        for span in spans:
+            # Row i holds token i + 1, so in the draft's frame the span lies one to the left; a picture that
+            # opens the prompt has its first token in no row at all.
+            start, stop = max(span.start - 1, 0), span.start - 1 + span.length
+            text(cursor, start)
+            compressed, visual = self.compress(embeddings[start:stop], span.frames, absorbed)
+            kept = min(len(compressed), stop - start)
+            rows.append(compressed[len(compressed) - kept :])
+            places.append(positions[stop - kept : stop])
+            cursor = stop
+        text(cursor, count)
+        return torch.cat(rows), torch.cat(places), visual
+
+    def runtime(self, target: Target) -> DraftRuntime:
+        """What follows from the present weights, computed again only after they changed."""
+        version = (id(target.head.weight), *((p.data_ptr(), p._version) for p in self.parameters()))
+        if self._runtime is None or self._runtime[0] != version:
+            self._runtime = (version, DraftRuntime(self, target))
+        return self._runtime[1]
+
+    def start(self, target: Target, prompt: Prompt, first_tokens: Tensor, tree: TreeConfig) -> ViSpecSession:
+        """Reads a prefilled prompt; see `Draft.start`."""
+        return ViSpecSession(self, target, prompt, first_tokens, tree)
