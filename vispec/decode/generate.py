@@ -78,6 +78,7 @@ def fast_generate(
     settings = resolve_settings(target.model, tokens, options)
     tree = TreeConfig() if tree is None else tree
     _check_limits(target, draft, inputs, settings, tree, streamer)
+    sampling = _sampling(settings, seed, len(tokens), target)
     stats = GenerationStats()
     with torch.inference_mode(), target.session():
         with stats.timed("prefill"):
@@ -87,7 +88,7 @@ def fast_generate(
             target,
             prompt,
             transcript,
-            _sampling(settings, seed, len(tokens), target),
+            sampling,
             torch.tensor(settings.eos_token_ids, dtype=torch.int64, device=tokens.device),
             settings.processors,
             stats,

@@ -105,12 +105,13 @@ def _config(settings: dict[str, Any], tensors: dict[str, Tensor], folder: Path) 
             f"load_draft: hidden_size must be a multiple of num_attention_heads, got {hidden} and {heads}"
         )
     rope = settings.get("rope_parameters") or {}
+    shared = tensors["layers.0.self_attn.k_proj.weight"].shape[0] // (hidden // heads)
     queries = tensors.get("imadpt.q")
     return ViSpecDraftConfig(
         hidden_size=hidden,
         intermediate_size=tensors["layers.0.mlp.gate_proj.weight"].shape[0],
         num_attention_heads=heads,
-        num_key_value_heads=tensors["layers.0.self_attn.k_proj.weight"].shape[0] // (hidden // heads),
+        num_key_value_heads=None if shared == heads else shared,
         vocab_size=settings["vocab_size"],
         num_queries=0 if queries is None else queries.shape[0],
         rms_norm_eps=settings.get("rms_norm_eps", 1e-5),

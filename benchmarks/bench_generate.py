@@ -1,0 +1,194 @@
+"""Whole answers against plain generation, in turn in one process: speed, phases of a round, peak memory.
+
+    python -m benchmarks.bench_generate                    # the demo model and its pictures
+    python -m benchmarks.bench_generate --sweep            # several trees
+    python -m benchmarks.bench_generate --memory           # peak memory, each way in a process of its own
+    python -m benchmarks.bench_generate --json benchmarks/results/generate.json
+
+On a CPU only ratios mean anything: the runs take turns, so that a busy machine slows all of them alike.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import resource
+import statistics
+import subprocess
+import sys
+from dataclasses import asdict
+from typing import Any
+
+import torch
+from PIL import Image
+from rich.console import Console
+from rich.progress import track
+from rich.table import Table
+
+import vispec
+from benchmarks.record import write
+from vispec import demo
+from vispec.compare import Comparison, compare
+
+SWEEP = [
+    vispec.TreeConfig(depth=depth, top_k=top_k, total_tokens=nodes)
+    for depth, top_k, nodes in (
+        (1, 2, 4),
+        (2, 2, 6),
+        (2, 3, 8),
+        (3, 2, 8),
+        (3, 3, 12),
+        (3, 4, 16),
+        (4, 2, 10),
+        (4, 3, 16),
+        (3, 8, 30),
+    )
+]
+console = Console()
+
+
+def prompts(processor: Any, count: int | None) -> list[tuple[str, dict[str, torch.Tensor]]]:
+    """The demo's pictures with their prompts, as the model reads them."""
+    found = []
+    for sample in demo.samples()[:count]:
+        picture = Image.open(sample.picture).convert("RGB")
+        content = [{"type": "image"}, {"type": "text", "text": sample.prompt}]
+        text = processor.apply_chat_template(
+            [{"role": "user", "content": content}], add_generation_prompt=True
+        )
+        found.append((sample.picture.name, processor(images=picture, text=text, return_tensors="pt")))
+    return found
+
+
+def summarise(tree: vispec.TreeConfig, found: list[Comparison]) -> dict[str, Any]:
+    """One row of figures over all prompts of one tree; refuses to time a wrong answer."""
+    wrong = [comparison.verdict for comparison in found if not comparison.identical]
+    if wrong:
+        raise SystemExit(f"bench_generate: an answer differs from plain generation: {wrong[0]}")
+    phases = {
+        name: sum(getattr(comparison.stats, f"{name}_seconds") for comparison in found)
+        for name in ("prefill", "draft", "verify", "accept")
+    }
+    rounds = sum(phases[name] for name in ("draft", "verify", "accept"))
+
+    def rate(name: str) -> float:
+        runs = [getattr(comparison, name) for comparison in found]
+        return sum(run.new_tokens for run in runs) / sum(run.seconds for run in runs)
+
+    lookups = [comparison.prompt_lookup for comparison in found]
+    return {
+        "tree": asdict(tree),
+        "prompts": len(found),
+        "new_tokens": sum(comparison.vispec.new_tokens for comparison in found),
+        "ties": sum(comparison.verdict.startswith("identical: tie") for comparison in found),
+        "tau": statistics.fmean(tau for comparison in found for tau in comparison.stats.accepted_per_round),
+        "speed_up": rate("vispec") / rate("plain"),
+        "speed_up_over_prompt_lookup": rate("vispec") / rate("prompt_lookup") if all(lookups) else None,
+        "draft_share": phases["draft"] / rounds,
+        "verify_share": phases["verify"] / rounds,
+        "accept_share": phases["accept"] / rounds,
+        "prefill_seconds": phases["prefill"],
+    }
+
+
+def table(rows: list[dict[str, Any]]) -> Table:
+    """The figures for people."""
+    shown = Table(title="against model.generate, same prompts, run in turn")
+    for column in ("depth", "top_k", "nodes", "tau", "speed-up", "over lookup", "draft", "verify", "accept"):
+        shown.add_column(column, justify="right")
+    for row in rows:
+        tree, lookup = row["tree"], row["speed_up_over_prompt_lookup"]
+        shown.add_row(
+            *(str(tree[name]) for name in ("depth", "top_k", "total_tokens")),
+            f"{row['tau']:.2f}",
+            f"{row['speed_up']:.2f}x",
+            "" if lookup is None else f"{lookup:.2f}x",
+            *(f"{row[f'{name}_share']:.0%}" for name in ("draft", "verify", "accept")),
+        )
+    return shown
+
+
+def measure_speed(arguments: argparse.Namespace) -> list[dict[str, Any]]:
+    model, draft, processor = demo.load(dtype=getattr(torch, arguments.dtype) if arguments.dtype else None)
+    inputs = prompts(processor, arguments.pictures)
+    trees = SWEEP if arguments.sweep else [demo.TREE]
+    rows = []
+    for tree in trees:
+        found = [
+            compare(
+                model,
+                draft,
+                prompt,
+                tree=tree,
+                max_new_tokens=arguments.max_new_tokens,
+                repeats=arguments.repeats,
+                prompt_lookup=not arguments.sweep,
+            )
+            for _, prompt in track(inputs, description=f"{tree}", console=console, transient=True)
+        ]
+        rows.append(summarise(tree, found))
+        console.print(table(rows[-1:]))
+    return rows
+
+
+def peak_of_child(way: str, arguments: argparse.Namespace) -> int:
+    """Peak resident memory in bytes of a process that answers the first prompt one way."""
+    command = [sys.executable, "-m", "benchmarks.bench_generate", "--child", way]
+    command += ["--max-new-tokens", str(arguments.max_new_tokens)]
+    if arguments.dtype:
+        command += ["--dtype", arguments.dtype]
+    done = subprocess.run(command, capture_output=True, text=True, check=True)
+    return int(json.loads(done.stdout.splitlines()[-1])["peak_bytes"])
+
+
+def child(arguments: argparse.Namespace) -> None:
+    """Answers one prompt plainly or with the draft and prints its own peak memory."""
+    model, draft, processor = demo.load(dtype=getattr(torch, arguments.dtype) if arguments.dtype else None)
+    (_, inputs), *_ = prompts(processor, 1)
+    if arguments.child == "plain":
+        model.generate(**inputs, max_new_tokens=arguments.max_new_tokens, do_sample=False)
+    elif arguments.child == "vispec":
+        vispec.fast_generate(
+            model, draft, inputs, tree=demo.TREE, max_new_tokens=arguments.max_new_tokens, do_sample=False
+        )
+    # ru_maxrss counts KiB on Linux and bytes on macOS.
+    unit = 1 if sys.platform == "darwin" else 1024
+    print(json.dumps({"peak_bytes": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit}))
+
+
+def measure_memory(arguments: argparse.Namespace) -> list[dict[str, Any]]:
+    """Peaks of loading alone, plain generation and ours; the draft is loaded in all three."""
+    peaks = {way: peak_of_child(way, arguments) for way in ("load", "plain", "vispec")}
+    row = {f"{way}_peak_bytes": peak for way, peak in peaks.items()}
+    row["vispec_over_plain"] = peaks["vispec"] / peaks["plain"]
+    console.print(
+        f"peak memory: load {peaks['load'] / 2**20:.0f} MiB, plain {peaks['plain'] / 2**20:.0f} MiB, "
+        f"vispec {peaks['vispec'] / 2**20:.0f} MiB ({row['vispec_over_plain']:.2f}x plain)"
+    )
+    return [row]
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--max-new-tokens", type=int, default=128)
+    parser.add_argument("--pictures", type=int, help="use only the first so many pictures")
+    parser.add_argument("--repeats", type=int, default=2, help="runs of each way, in turn; the fastest counts")
+    parser.add_argument("--threads", type=int, help="CPU threads of PyTorch")
+    parser.add_argument("--dtype", choices=("float32", "bfloat16"), help="default: the demo's own choice")
+    parser.add_argument("--sweep", action="store_true", help="try several trees")
+    parser.add_argument("--memory", action="store_true", help="measure peak memory instead of speed")
+    parser.add_argument("--json", help="write the record here")
+    parser.add_argument("--child", choices=("load", "plain", "vispec"), help=argparse.SUPPRESS)
+    arguments = parser.parse_args()
+    if arguments.threads:
+        torch.set_num_threads(arguments.threads)
+    if arguments.child:
+        child(arguments)
+        return
+    rows = measure_memory(arguments) if arguments.memory else measure_speed(arguments)
+    if arguments.json:
+        write(arguments.json, "generate memory" if arguments.memory else "generate", rows)
+
+
+if __name__ == "__main__":
+    main()

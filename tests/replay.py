@@ -1,0 +1,101 @@
+"""A draft that knows the answer: it proposes the true continuation at a chosen hit rate, among wrong siblings."""
+
+from __future__ import annotations
+
+import random
+
+import torch
+from torch import Tensor
+
+from vispec.prompt import Prompt
+from vispec.tree import DraftTree, TreeConfig
+
+
+class ReplayDraft:
+    """Proposes trees that hold a true path of random length, so that long acceptances and misses both occur.
+
+    `answers` maps a prompt without padding (a tuple of ids) to the new tokens of plain generation.
+    """
+
+    def __init__(self, answers: dict[tuple, list[int]], vocabulary: int, hit_rate: float, seed: int = 0) -> None:
+        self.answers = answers
+        self.vocabulary = vocabulary
+        self.hit_rate = hit_rate
+        self.seed = seed
+
+    def check(self, target: object) -> None:
+        """Any target will do."""
+
+    def start(self, target: object, prompt: Prompt, first_tokens: Tensor, tree: TreeConfig) -> ReplaySession:
+        rows = zip(prompt.tokens.tolist(), prompt.lengths.tolist(), strict=True)
+        answers = [self.answers[tuple(tokens[:length])] for tokens, length in rows]
+        return ReplaySession(self, answers, tree)
+
+
+class ReplaySession:
+    """Counts what has been committed and keeps to the answers from there."""
+
+    def __init__(self, draft: ReplayDraft, answers: list[list[int]], tree: TreeConfig) -> None:
+        self.draft = draft
+        self.answers = answers
+        self.tree = tree
+        self.random = random.Random(draft.seed)
+        self.emitted = [1] * len(answers)
+        self.proposed = 0
+
+    def commit(self, features: Tensor, tokens: Tensor, counts: Tensor, host_counts: list[int]) -> None:
+        assert features.shape[:2] == tokens.shape
+        for row, count in enumerate(host_counts):
+            true = self.answers[row][self.emitted[row] : self.emitted[row] + count]
+            assert tokens[row, : len(true)].tolist() == true
+            self.emitted[row] += count
+
+    def propose(self, root_tokens: Tensor) -> DraftTree:
+        self.proposed += 1
+        batch, nodes = len(self.answers), self.tree.nodes
+        tree = DraftTree.empty(batch, nodes, self.tree.longest_path, root_tokens.device)
+        tree.scores.zero_()
+        for row in range(batch):
+            tokens, parents = self._grow(int(root_tokens[row]), self.answers[row][self.emitted[row] :], nodes)
+            depths, words = [0], [1]
+            for node in range(1, nodes):
+                depths.append(depths[parents[node]] + 1)
+                words.append(words[parents[node]] | 1 << node)
+            tree.tokens[row], tree.parents[row] = torch.tensor(tokens), torch.tensor(parents)
+            tree.depths[row] = torch.tensor(depths)
+            for word in range(tree.ancestors.shape[2]):
+                part = [bits >> 64 * word & (1 << 64) - 1 for bits in words]
+                tree.ancestors[row, :, word] = torch.tensor(
+                    [bits - (1 << 64) if bits >> 63 else bits for bits in part], dtype=torch.int64
+                )
+        return tree
+
+    def _grow(self, root: int, truth: list[int], nodes: int) -> tuple[list[int], list[int]]:
+        """Tokens and parents of one row's tree; parents come before their children."""
+        tokens, parents, depths = [root], [-1], [0]
+        children: list[set[int]] = [set()]
+        on_path = 0
+
+        def add(parent: int, token: int) -> int:
+            tokens.append(token)
+            parents.append(parent)
+            depths.append(depths[parent] + 1)
+            children[parent].add(token)
+            children.append(set())
+            return len(tokens) - 1
+
+        for token in truth[: self.tree.longest_path - 1]:
+            if len(tokens) < nodes and self.random.random() < self.draft.hit_rate:
+                for _ in range(self.random.randrange(3)):
+                    wrong = self.random.randrange(self.draft.vocabulary)
+                    if len(tokens) + 1 < nodes and wrong != token and wrong not in children[on_path]:
+                        add(on_path, wrong)
+                on_path = add(on_path, token)
+            else:
+                break
+        while len(tokens) < nodes:
+            parent = self.random.randrange(len(tokens))
+            token = self.random.randrange(self.draft.vocabulary)
+            if depths[parent] < self.tree.longest_path - 1 and token not in children[parent]:
+                add(parent, token)
+        return tokens, parents
