@@ -1,0 +1,193 @@
+"""The draft model against plain formulas: the adaptor, the prompt's rows, the cache and the tree's masks."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+import vispec
+from tests import tiny
+from vispec.drafts.session import DraftRuntime
+from vispec.prompt import Span
+from vispec.targets import load_target
+
+
+@pytest.fixture(scope="module")
+def family():
+    return tiny.build("llava")
+
+
+def random_draft(model, queries: int = 2, seed: int = 1) -> vispec.ViSpecDraft:
+    """A draft whose every weight is random, `img_fc` and biases too."""
+    draft = vispec.ViSpecDraft.for_target(model, num_queries=queries)
+    generator = torch.Generator().manual_seed(seed)
+    for parameter in draft.parameters():
+        parameter.data = torch.randn(parameter.shape, generator=generator) * 0.2
+    return draft
+
+
+def naive_adaptor(adaptor, rows: torch.Tensor) -> torch.Tensor:
+    """Cross-attention that projects every image row, in float64."""
+    adaptor = adaptor.double()
+    queries, heads, width = adaptor.q.shape
+    keys = adaptor.k_proj(rows).view(-1, heads, width)
+    values = adaptor.v_proj(rows).view(-1, heads, width)
+    weights = torch.einsum("qhd,nhd->qhn", adaptor.q, keys).div(width**0.5).softmax(-1)
+    return adaptor.o_proj(torch.einsum("qhn,nhd->qhd", weights, values).reshape(queries, -1))
+
+
+@pytest.mark.parametrize("queries", (1, 2, 5))
+@pytest.mark.parametrize("count", (1, 2, 37))
+@pytest.mark.parametrize("name", ("llava", "qwen2_5_vl"))
+def test_the_absorbed_adaptor_equals_the_projected_one(name, queries, count):
+    adaptor = random_draft(tiny.build(name).model, queries).imadpt
+    rows = torch.randn(count, 64, generator=torch.Generator().manual_seed(2))
+    with torch.inference_mode():
+        actual = adaptor(rows)
+        expected = naive_adaptor(adaptor, rows.double())
+    torch.testing.assert_close(actual.double(), expected, rtol=1e-4, atol=1e-5)
+
+
+def test_composed_input_rows_equal_fc_and_img_fc(family):
+    draft = random_draft(family.model)
+    runtime = DraftRuntime(draft, load_target(family.model))
+    embeddings, features, visual = torch.randn(3, 2, 7, 64, generator=torch.Generator().manual_seed(3))
+    with torch.inference_mode():
+        expected = draft.combine(embeddings, features, visual[:, :1].expand(-1, 7, -1))
+        actual = runtime.rows(embeddings, features, runtime.constant(visual[:, 0]))
+    torch.testing.assert_close(actual, expected, rtol=1e-4, atol=1e-4)
+
+
+def test_the_runtime_follows_the_weights(family):
+    draft = random_draft(family.model)
+    target = load_target(family.model)
+    first = draft.runtime(target)
+    assert draft.runtime(target) is first
+    with torch.no_grad():
+        draft.fc.weight.add_(1)
+    assert draft.runtime(target) is not first
+
+
+@pytest.mark.parametrize("queries", (2, 4))
+def test_each_span_is_compressed_and_later_text_has_its_global_feature(family, queries):
+    draft = random_draft(family.model, queries)
+    generator = torch.Generator().manual_seed(4)
+    embeddings, features = torch.randn(2, 30, 64, generator=generator)
+    spans = [Span(5, 6), Span(14, 8)]
+    with torch.inference_mode():
+        rows, positions, visual = draft.prompt_rows(embeddings, features, spans)
+        first, second = draft.imadpt(embeddings[4:10]), draft.imadpt(embeddings[13:21])
+        zero = torch.zeros(64)
+
+        def text(start, stop, g):
+            return draft.combine(embeddings[start:stop], features[start:stop], g.expand(stop - start, -1))
+
+        expected = torch.cat(
+            [text(0, 4, zero), first[:-1], text(10, 13, first[-1]), second[:-1], text(21, 30, second[-1])]
+        )
+    torch.testing.assert_close(rows, expected)
+    torch.testing.assert_close(visual, second[-1])
+    kept = queries - 1
+    assert positions.tolist() == [
+        *range(4), *range(10 - kept, 10), *range(10, 13), *range(21 - kept, 21), *range(21, 30)
+    ]  # fmt: skip
+
+
+def test_a_picture_that_opens_or_closes_the_prompt(family):
+    draft = random_draft(family.model)
+    embeddings, features = torch.randn(2, 12, 64, generator=torch.Generator().manual_seed(5))
+    with torch.inference_mode():
+        _, positions, _ = draft.prompt_rows(embeddings, features, [Span(0, 4)])
+        assert positions.tolist() == [2, *range(3, 12)]
+        _, positions, _ = draft.prompt_rows(embeddings, features, [Span(8, 4)])
+        assert positions.tolist() == [*range(7), 10, 11]
+        _, positions, _ = draft.prompt_rows(embeddings, features, [Span(0, 1), Span(6, 1)])
+        assert positions.tolist() == list(range(12))
+
+
+def test_a_video_gives_one_row_a_frame_and_the_mean_global_feature(family):
+    draft = random_draft(family.model)
+    embeddings, features = torch.randn(2, 20, 64, generator=torch.Generator().manual_seed(6))
+    with torch.inference_mode():
+        rows, positions, visual = draft.prompt_rows(embeddings, features, [Span(3, 12, frames=3)])
+        frames = [draft.imadpt(embeddings[start : start + 4]) for start in (2, 6, 10)]
+    torch.testing.assert_close(rows[2:5], torch.cat([frame[:1] for frame in frames]))
+    torch.testing.assert_close(visual, torch.stack([frame[1] for frame in frames]).mean(0))
+    assert positions.tolist() == [0, 1, 11, 12, 13, *range(14, 20)]
+
+
+def test_without_adaptor_every_image_token_goes_in(family):
+    draft = random_draft(family.model, queries=0)
+    embeddings, features = torch.randn(2, 9, 64, generator=torch.Generator().manual_seed(7))
+    with torch.inference_mode():
+        rows, positions, visual = draft.prompt_rows(embeddings, features, [Span(2, 4)])
+    assert rows.shape == (9, 64) and positions.tolist() == list(range(9)) and not visual.any()
+
+
+def started(family, draft, prompts, tree):
+    """A session over a batch, with everything a formula needs to follow it."""
+    target = load_target(family.model)
+    inputs = family.batch(prompts, "left")
+    prompt = target.prefill(inputs)
+    first = prompt.logits.argmax(-1)
+    return target, prompt, first, draft.start(target, prompt, first, tree)
+
+
+@pytest.mark.parametrize("queries", (0, 2))
+def test_catching_up_equals_reading_all_at_once(family, queries):
+    """Committing tokens in two pieces leaves the draft where one longer prefill would."""
+    draft = random_draft(family.model, queries)
+    tree = vispec.TreeConfig(depth=1, top_k=2, total_tokens=4)
+    prompts = [family.prompt(1, seed=8, text=5), family.prompt(1, seed=9, text=8)]
+    generator = torch.Generator().manual_seed(10)
+    with torch.inference_mode():
+        target, prompt, first, session = started(family, draft, prompts, tree)
+        features = torch.randn(2, 5, 64, generator=generator)
+        tokens = torch.randint(3, 100, (2, 5), generator=generator)
+        session.propose(first)
+        session.commit(features[:, :2], tokens[:, :2], torch.tensor([2, 1]), [2, 1])
+        session.propose(first)
+        late = torch.stack([features[0, 2:5], features[1, 1:4]])
+        late_tokens = torch.stack([tokens[0, 2:5], tokens[1, 1:4]])
+        session.commit(late, late_tokens, torch.tensor([3, 3]), [3, 3])
+        for row, new in enumerate((5, 4)):
+            length = int(prompt.lengths[row])
+            embeddings = torch.cat([
+                prompt.embeddings[row, 1:length],
+                target.embedding(first[row : row + 1]),
+                target.embedding(tokens[row, :new]),
+            ])  # fmt: skip
+            known = torch.cat([prompt.features[row, :length], features[row, :new]])
+            rows, places, _ = draft.prompt_rows(embeddings, known, prompt.spans[row])
+            expected = draft(rows[None], places[None])[0, -1]
+            torch.testing.assert_close(session._last[row], expected, rtol=1e-3, atol=1e-3)
+
+
+@pytest.mark.parametrize("sizes", ((3, 4, 20), (2, 8, 30), (4, 2, 12), (5, 12, 120)))
+def test_every_nodes_score_is_its_own_paths(family, sizes):
+    """A node's score equals the sum of log-probabilities along its path, computed with no tree and no cache."""
+    draft = random_draft(family.model)
+    tree_config = vispec.TreeConfig(*sizes)
+    prompts = [family.prompt(1, seed=8, text=5), family.prompt(2, seed=9, text=8)]
+    with torch.inference_mode():
+        target, prompt, first, session = started(family, draft, prompts, tree_config)
+        tree = session.propose(first)
+        for row in range(2):
+            length = int(prompt.lengths[row])
+            embeddings = torch.cat([prompt.embeddings[row, 1:length], target.embedding(first[row : row + 1])])
+            rows, places, visual = draft.prompt_rows(
+                embeddings, prompt.features[row, :length], prompt.spans[row]
+            )
+            paths = tree.paths()[row]
+            assert max(len(path) for path in paths) == tree.longest_path
+            for path in paths[:: max(1, len(paths) // 8)]:
+                hidden, positions = rows, places
+                output, score = draft(hidden[None], positions[None])[0, -1], 0.0
+                for node in path[1:]:
+                    token = tree.tokens[row, node]
+                    score += float(target.head(output).log_softmax(-1)[token])
+                    assert float(tree.scores[row, node]) == pytest.approx(score, rel=1e-3, abs=1e-3)
+                    new = draft.combine(target.embedding(token), output, visual)
+                    hidden = torch.cat([hidden, new[None]])
+                    positions = torch.cat([positions, positions[-1:] + 1])
+                    output = draft(hidden[None], positions[None])[0, -1]
