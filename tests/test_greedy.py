@@ -229,3 +229,50 @@ def test_any_attention_implementation_of_the_model(attention):
     expected = family.model.generate(**inputs, max_new_tokens=NEW_TOKENS, do_sample=False)
     draft = fresh_draft(family.model)
     assert torch.equal(vispec.fast_generate(family.model, draft, inputs, max_new_tokens=NEW_TOKENS), expected)
+
+
+class Recorder:
+    """A streamer that remembers every call."""
+
+    def __init__(self) -> None:
+        self.calls: list[list[int]] = []
+        self.ended = 0
+
+    def put(self, value: torch.Tensor) -> None:
+        self.calls.append(value.flatten().tolist())
+
+    def end(self) -> None:
+        self.ended += 1
+
+
+def test_a_streamer_gets_what_generate_would_give_it(families):
+    family = families["llava"]
+    inputs = family.prompt(1, seed=6)
+    answer = plain(family.model, inputs)
+    expected, actual = Recorder(), Recorder()
+    family.model.generate(**inputs, max_new_tokens=NEW_TOKENS, do_sample=False, streamer=expected)
+    draft = ReplayDraft({unpadded(inputs)[0]: answer}, tiny.VOCABULARY, hit_rate=0.9)
+    vispec.fast_generate(family.model, draft, inputs, max_new_tokens=NEW_TOKENS, streamer=actual)
+    assert actual.calls == expected.calls
+    assert actual.ended == expected.ended == 1
+
+
+def test_inputs_straight_from_a_processor_and_without_a_mask(families):
+    from transformers import BatchFeature
+
+    family = families["qwen2_5_vl"]
+    inputs = family.prompt(1, seed=6)
+    expected = family.model.generate(**inputs, max_new_tokens=8, do_sample=False)
+    assert torch.equal(
+        vispec.fast_generate(family.model, None, BatchFeature(inputs), max_new_tokens=8), expected
+    )
+    del inputs["attention_mask"]
+    assert torch.equal(vispec.fast_generate(family.model, None, inputs, max_new_tokens=8), expected)
+
+
+def test_padding_is_inferred_where_no_mask_was_given(families):
+    family = families["llama"]
+    batch = family.batch([family.prompt(0, seed=1, text=4), family.prompt(0, seed=2, text=9)], "left")
+    del batch["attention_mask"]
+    expected = family.model.generate(**batch, max_new_tokens=8, do_sample=False)
+    assert torch.equal(vispec.fast_generate(family.model, None, batch, max_new_tokens=8), expected)

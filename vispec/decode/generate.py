@@ -76,6 +76,7 @@ def fast_generate(
     inputs = _checked_inputs(inputs, target)
     tokens = inputs["input_ids"]
     settings = resolve_settings(target.model, tokens, options)
+    inputs.setdefault("attention_mask", _inferred_mask(tokens, settings))
     tree = TreeConfig() if tree is None else tree
     _check_limits(target, draft, inputs, settings, tree, streamer)
     sampling = _sampling(settings, seed, len(tokens), target)
@@ -104,7 +105,7 @@ def fast_generate(
         while not transcript.done:
             watch(engine.step())
         watch.end()
-    sequences = transcript.sequences(tokens, settings.pad_token_id)
+    sequences = transcript.sequences(tokens, settings.pad_token_id or 0)
     return GenerationResult(sequences, stats) if settings.return_dict else sequences
 
 
@@ -152,6 +153,15 @@ def _checked_inputs(inputs: Mapping[str, Any], target: Target) -> dict[str, Any]
     return found
 
 
+def _inferred_mask(tokens: Tensor, settings: GenerationSettings) -> Tensor:
+    """The mask where none was given, as `generate` infers it: the pad id is padding unless it also ends a text."""
+    if settings.pad_token_id is None or settings.pad_token_id in settings.eos_token_ids:
+        return torch.ones_like(tokens)
+    mask = (tokens != settings.pad_token_id).long()
+    # A row of padding alone is a prompt that happens to consist of that token.
+    return torch.where(mask.any(dim=1, keepdim=True), mask, 1)
+
+
 def _check_limits(
     target: Target,
     draft: Draft | None,
@@ -160,9 +170,8 @@ def _check_limits(
     tree: TreeConfig,
     streamer: Any,
 ) -> None:
-    batch, length = inputs["input_ids"].shape
-    if "attention_mask" in inputs:
-        length = int(inputs["attention_mask"].sum(1).max())
+    batch = inputs["input_ids"].shape[0]
+    length = int(inputs["attention_mask"].sum(1).max())
     limit = target.max_positions
     if limit is not None and length + settings.max_new_tokens > limit:
         raise ValueError(

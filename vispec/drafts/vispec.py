@@ -317,7 +317,7 @@ class ViSpecDraft(nn.Module):
 
     def runtime(self, target: Target) -> DraftRuntime:
         """What follows from the present weights, computed again only after they changed."""
-        version = (id(target.head.weight), *((p.data_ptr(), p._version) for p in self.parameters()))
+        version = (id(target.head.weight), *((p.data_ptr(), 0 if p.is_inference() else p._version) for p in self.parameters()))
         if self._runtime is None or self._runtime[0] != version:
             self._runtime = (version, DraftRuntime(self, target))
         return self._runtime[1]

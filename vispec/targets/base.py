@@ -109,19 +109,16 @@ class Target:
     def prefill(self, inputs: Mapping[str, Tensor]) -> Prompt:
         """Runs the model itself over a batch of prompts, padded left or right or not at all.
 
-        Shapes: `inputs` as the processor returns them, `input_ids` [B, S]. The attention function is the user's
-        own, so the first token is plain generation's own.
+        Shapes: `inputs` as the processor returns them, `input_ids` and `attention_mask` [B, S]. The attention
+        function is the user's own, so the first token is plain generation's own.
         """
         tokens = inputs["input_ids"]
-        mask = inputs.get("attention_mask")
-        mask = torch.ones_like(tokens) if mask is None else mask.to(tokens.device)
+        mask = inputs["attention_mask"]
         keep = mask.bool()
         lengths = keep.sum(1)
         captured = _Captured()
         layers = DynamicCache(config=self.text_config)
-        arguments = dict(inputs)
-        arguments["attention_mask"] = mask
-        arguments.update(self.prefill_positions(inputs, mask))
+        arguments = {**inputs, **self.prefill_positions(inputs, mask)}
         base = getattr(self.model, self.model.base_model_prefix, self.model)
         with self._capture(captured):
             base(**arguments, past_key_values=layers, use_cache=True)

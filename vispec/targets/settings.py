@@ -84,7 +84,7 @@ class GenerationSettings:
         max_new_tokens: tokens a row may emit.
         do_sample, temperature, top_k, top_p, min_p: as in `generate`; top_k 0, top_p 1 and min_p 0 are off.
         eos_token_ids: any of them ends a row.
-        pad_token_id: fills rows that ended early.
+        pad_token_id: fills rows that ended early; None where neither it nor an end token is known.
         processors: further logits processors, applied to every node with that node's own history.
         criteria: further stopping criteria, applied to every emitted token.
         return_dict: whether statistics are returned beside the tokens.
@@ -97,7 +97,7 @@ class GenerationSettings:
     top_p: float
     min_p: float
     eos_token_ids: tuple[int, ...]
-    pad_token_id: int
+    pad_token_id: int | None
     processors: LogitsProcessorList
     criteria: StoppingCriteriaList
     return_dict: bool
@@ -135,8 +135,8 @@ def resolve_settings(model: PreTrainedModel, prompt: Tensor, options: dict[str, 
     _check_ranges(resolved)
     eos = _token_ids(resolved["eos_token_id"])
     pad = resolved["pad_token_id"]
-    if pad is None:
-        pad = eos[0] if eos else 0
+    if pad is None and eos:
+        pad = eos[0]
     return GenerationSettings(
         max_new_tokens=_new_token_limit(resolved, prompt.shape[1]),
         do_sample=bool(resolved["do_sample"]),
@@ -145,7 +145,7 @@ def resolve_settings(model: PreTrainedModel, prompt: Tensor, options: dict[str, 
         top_p=float(resolved["top_p"]) if resolved["top_p"] is not None else 1.0,
         min_p=float(resolved["min_p"] or 0.0),
         eos_token_ids=eos,
-        pad_token_id=int(pad),
+        pad_token_id=pad,
         processors=_processors(resolved, eos, prompt, processors),
         criteria=_criteria(resolved, criteria),
         return_dict=bool(resolved["return_dict_in_generate"]),
