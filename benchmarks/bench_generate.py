@@ -53,9 +53,7 @@ def prompts(processor: Any, count: int | None) -> list[tuple[str, dict[str, torc
     for sample in demo.samples()[:count]:
         picture = Image.open(sample.picture).convert("RGB")
         content = [{"type": "image"}, {"type": "text", "text": sample.prompt}]
-        text = processor.apply_chat_template(
-            [{"role": "user", "content": content}], add_generation_prompt=True
-        )
+        text = processor.apply_chat_template([{"role": "user", "content": content}], add_generation_prompt=True)
         found.append((sample.picture.name, processor(images=picture, text=text, return_tensors="pt")))
     return found
 

@@ -1,7 +1,7 @@
 """Writes the README's tables from the committed records, so that no figure is typed by hand.
 
-    python -m benchmarks.tables          # rewrite the marked blocks of README.md
-    python -m benchmarks.tables --check  # fail where they differ from the records
+python -m benchmarks.tables          # rewrite the marked blocks of README.md
+python -m benchmarks.tables --check  # fail where they differ from the records
 """
 
 from __future__ import annotations

@@ -17,25 +17,26 @@ enum class DType : int32_t { f32 = 0, f16 = 1, bf16 = 2 };
 // and the best K of all R*K children as the next frontier. Ties: higher score first, then lower index.
 // NaN logits count as -inf; log-probabilities never exceed 0, so a child never outranks its parent.
 struct GrowLevel {
-  const void* logits;              // [B, R, V] dtype
-  int64_t logits_batch_stride;     // elements
-  int64_t logits_row_stride;       // elements
+  const void* logits;           // [B, R, V] dtype
+  int64_t logits_batch_stride;  // elements
+  int64_t logits_row_stride;    // elements
   DType dtype;
-  const float* frontier_scores;    // [B, R] cumulative log-probability of each frontier row
-  const int64_t* frontier;         // [B, R] candidate index of each frontier row; -1 is the root
-  const int64_t* head_tokens;      // [V] token id of each logit column, or null: the column itself
-  int64_t* candidate_tokens;       // [B, N] written at columns [offset, offset + R*K)
-  float* candidate_scores;         // [B, N] likewise
-  int64_t* candidate_parents;      // [B, N] likewise: the candidate index of the parent
-  int64_t* next_frontier;          // [B, K] candidate index
-  int64_t* next_rows;              // [B, K] the row in [0, R) that each one descends from
-  int64_t* next_tokens;            // [B, K]
-  float* next_scores;              // [B, K]
+  const float* frontier_scores;  // [B, R] cumulative log-probability of each frontier row
+  const int64_t* frontier;       // [B, R] candidate index of each frontier row; -1 is the root
+  const int64_t* head_tokens;    // [V] token id of each logit column, or null: the column itself
+  int64_t* candidate_tokens;     // [B, N] written at columns [offset, offset + R*K)
+  float* candidate_scores;       // [B, N] likewise
+  int64_t* candidate_parents;    // [B, N] likewise: the candidate index of the parent
+  int64_t* next_frontier;        // [B, K] candidate index
+  int64_t* next_rows;            // [B, K] the row in [0, R) that each one descends from
+  int64_t* next_tokens;          // [B, K]
+  float* next_scores;            // [B, K]
   int64_t B, R, V, K, N, offset;
   void* stream;
 };
 
-// The final tree: the best T-1 of N candidates (score, then lower index), in order of creation, behind the root.
+// The final tree: the best T-1 of N candidates (score, then lower index), in order of creation, behind the
+// root.
 struct BuildTree {
   const int64_t* root_tokens;        // [B]
   const int64_t* candidate_tokens;   // [B, N]
@@ -54,40 +55,40 @@ struct BuildTree {
 // position), followed down the tree while a child carries it. Emits at most `remaining` tokens and none
 // after an end token. `counts` nodes of `path` (root first) are to be committed: as many as tokens emitted.
 struct Accept {
-  const void* logits;            // [B, T, V] dtype; +inf or NaN on a visited row sets status
-  int64_t logits_batch_stride;   // elements
-  int64_t logits_row_stride;     // elements
+  const void* logits;           // [B, T, V] dtype; +inf or NaN on a visited row sets status
+  int64_t logits_batch_stride;  // elements
+  int64_t logits_row_stride;    // elements
   DType dtype;
-  const int64_t* tokens;         // [B, T]
-  const int64_t* parents;        // [B, T]
-  const int64_t* lengths;        // [B] committed tokens; the draw at a node uses position lengths + depth
-  int64_t do_sample;             // 0: argmax, lowest index wins ties
-  const float* temperature;      // [B] > 0
-  const int64_t* top_k;          // [B] 0: off
-  const float* top_p;            // [B] 1: off
-  const float* min_p;            // [B] 0: off
-  const int64_t* seeds;          // [B] 64-bit Philox key
-  const int64_t* end_tokens;     // [E]
-  const int64_t* remaining;      // [B] tokens the row may still emit
-  int64_t* finished;             // [B] in and out: nonzero rows emit nothing
-  int64_t* path;                 // [B, D] node indices, root first, -1 beyond counts
-  int64_t* emitted;              // [B, D] token ids, -1 beyond counts
-  int64_t* counts;               // [B] tokens emitted = nodes committed
-  int64_t* status;               // [B] 0: fine, 1: logits that are not finite on the visited path
+  const int64_t* tokens;      // [B, T]
+  const int64_t* parents;     // [B, T]
+  const int64_t* lengths;     // [B] committed tokens; the draw at a node uses position lengths + depth
+  int64_t do_sample;          // 0: argmax, lowest index wins ties
+  const float* temperature;   // [B] > 0
+  const int64_t* top_k;       // [B] 0: off
+  const float* top_p;         // [B] 1: off
+  const float* min_p;         // [B] 0: off
+  const int64_t* seeds;       // [B] 64-bit Philox key
+  const int64_t* end_tokens;  // [E]
+  const int64_t* remaining;   // [B] tokens the row may still emit
+  int64_t* finished;          // [B] in and out: nonzero rows emit nothing
+  int64_t* path;              // [B, D] node indices, root first, -1 beyond counts
+  int64_t* emitted;           // [B, D] token ids, -1 beyond counts
+  int64_t* counts;            // [B] tokens emitted = nodes committed
+  int64_t* status;            // [B] 0: fine, 1: logits that are not finite on the visited path
   int64_t B, T, V, D, E;
-  void* workspace;               // GPU only: see accept_workspace_bytes
+  void* workspace;  // GPU only: see accept_workspace_bytes
   void* stream;
 };
 
 // The accepted rows of every layer's keys and values moved in place: slot lengths + path[j] to lengths + j.
 struct Commit {
-  void* const* tensors;     // [count] base pointers, each [B, G, L, head] with the strides below
+  void* const* tensors;  // [count] base pointers, each [B, G, L, head] with the strides below
   int64_t tensor_count;
   int64_t element_bytes;
   int64_t batch_stride, head_stride, slot_stride;  // elements
-  const int64_t* path;      // [B, D]
-  const int64_t* counts;    // [B]
-  const int64_t* lengths;   // [B] committed before this round
+  const int64_t* path;                             // [B, D]
+  const int64_t* counts;                           // [B]
+  const int64_t* lengths;                          // [B] committed before this round
   int64_t B, G, L, head, D;
   void* stream;
 };

@@ -175,9 +175,7 @@ def test_every_nodes_score_is_its_own_paths(family, sizes):
         for row in range(2):
             length = int(prompt.lengths[row])
             embeddings = torch.cat([prompt.embeddings[row, 1:length], target.embedding(first[row : row + 1])])
-            rows, places, visual = draft.prompt_rows(
-                embeddings, prompt.features[row, :length], prompt.spans[row]
-            )
+            rows, places, visual = draft.prompt_rows(embeddings, prompt.features[row, :length], prompt.spans[row])
             paths = tree.paths()[row]
             assert max(len(path) for path in paths) == tree.longest_path
             for path in paths[:: max(1, len(paths) // 8)]:

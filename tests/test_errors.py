@@ -49,9 +49,7 @@ def fingerprint(model) -> tuple:
         (name, len(module._forward_hooks), len(module._forward_pre_hooks)) for name, module in model.named_modules()
     ]
     attention = [
-        module.config._attn_implementation
-        for module in model.modules()
-        if getattr(module, "config", None) is not None
+        module.config._attn_implementation for module in model.modules() if getattr(module, "config", None) is not None
     ]
     attributes = sorted(vars(model)) + sorted(vars(getattr(model, "model", model)))
     delta = getattr(getattr(model, "model", None), "rope_deltas", None)

@@ -152,9 +152,7 @@ def test_stopping_criteria_are_asked_after_every_token(families, extra):
     length = inputs["input_ids"].shape[1]
     draft = ReplayDraft({unpadded(inputs)[0]: full}, tiny.VOCABULARY, hit_rate=1.0)
     stop = StopAfter(length + extra)
-    sequences = vispec.fast_generate(
-        family.model, draft, inputs, max_new_tokens=NEW_TOKENS, stopping_criteria=[stop]
-    )
+    sequences = vispec.fast_generate(family.model, draft, inputs, max_new_tokens=NEW_TOKENS, stopping_criteria=[stop])
     assert sequences[0, length:].tolist() == full[:extra]
     assert stop.asked == list(range(length + 1, length + extra + 1))
 
@@ -207,9 +205,7 @@ def test_the_cache_grows_past_its_first_size(families):
     limit = 400
     expected = plain(family.model, inputs, max_new_tokens=limit, eos_token_id=tiny.VOCABULARY + 1)
     draft = ReplayDraft({unpadded(inputs)[0]: expected}, tiny.VOCABULARY, hit_rate=0.95)
-    actual = vispec.fast_generate(
-        family.model, draft, inputs, max_new_tokens=limit, eos_token_id=tiny.VOCABULARY + 1
-    )
+    actual = vispec.fast_generate(family.model, draft, inputs, max_new_tokens=limit, eos_token_id=tiny.VOCABULARY + 1)
     assert actual[0, inputs["input_ids"].shape[1] :].tolist() == expected
 
 
@@ -263,9 +259,7 @@ def test_inputs_straight_from_a_processor_and_without_a_mask(families):
     family = families["qwen2_5_vl"]
     inputs = family.prompt(1, seed=6)
     expected = family.model.generate(**inputs, max_new_tokens=8, do_sample=False)
-    assert torch.equal(
-        vispec.fast_generate(family.model, None, BatchFeature(inputs), max_new_tokens=8), expected
-    )
+    assert torch.equal(vispec.fast_generate(family.model, None, BatchFeature(inputs), max_new_tokens=8), expected)
     del inputs["attention_mask"]
     assert torch.equal(vispec.fast_generate(family.model, None, inputs, max_new_tokens=8), expected)
 

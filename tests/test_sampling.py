@@ -43,9 +43,7 @@ def test_a_seed_gives_the_same_tokens_whatever_the_draft_or_tree(name):
         )
         for tree in TREES:
             for draft in (fresh_draft(family.model), replay):
-                assert torch.equal(
-                    vispec.fast_generate(family.model, draft, inputs, tree=tree, **options), plain
-                )
+                assert torch.equal(vispec.fast_generate(family.model, draft, inputs, tree=tree, **options), plain)
         others = (
             vispec.fast_generate(family.model, None, inputs, **{**options, "seed": 200 + other}) for other in range(9)
         )
@@ -82,9 +80,7 @@ def test_a_very_low_temperature_is_greedy():
     family = tiny.build("llama")
     inputs = family.prompt(0, seed=3)
     greedy = vispec.fast_generate(family.model, None, inputs, max_new_tokens=12, do_sample=False)
-    cold = vispec.fast_generate(
-        family.model, None, inputs, max_new_tokens=12, do_sample=True, temperature=1e-6
-    )
+    cold = vispec.fast_generate(family.model, None, inputs, max_new_tokens=12, do_sample=True, temperature=1e-6)
     assert torch.equal(cold, greedy)
 
 

@@ -59,9 +59,7 @@ class KeyValueCache:
         return cls(lengths, *stores)
 
     @classmethod
-    def allocate(
-        cls, layers: int, batch: int, heads: int, width: int, capacity: int, like: Tensor
-    ) -> KeyValueCache:
+    def allocate(cls, layers: int, batch: int, heads: int, width: int, capacity: int, like: Tensor) -> KeyValueCache:
         """An empty cache in the dtype and on the device of `like`."""
 
         def zeros() -> list[Tensor]:

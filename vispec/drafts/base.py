@@ -21,8 +21,8 @@ class DraftSession(Protocol):
         """Learns what a round committed.
 
         Shapes: `features` [B, M, C], the target's, of the committed nodes, root first; `tokens` [B, M] int64, the
-        token that follows each of them; `counts` [B] int64, how many of the M hold (0: the row is finished); `host_counts` the
-        same on the host.
+        token that follows each of them; `counts` [B] int64, how many of the M hold (0: the row is finished);
+        `host_counts` the same on the host.
         """
 
 

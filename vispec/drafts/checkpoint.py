@@ -101,9 +101,7 @@ def _config(settings: dict[str, Any], tensors: dict[str, Tensor], folder: Path) 
             raise ValueError(f"load_draft: config.json must give {name}, got {settings.get(name)!r}")
     heads, hidden = settings["num_attention_heads"], settings["hidden_size"]
     if hidden % heads:
-        raise ValueError(
-            f"load_draft: hidden_size must be a multiple of num_attention_heads, got {hidden} and {heads}"
-        )
+        raise ValueError(f"load_draft: hidden_size must be a multiple of num_attention_heads, got {hidden} and {heads}")
     rope = settings.get("rope_parameters") or {}
     shared = tensors["layers.0.self_attn.k_proj.weight"].shape[0] // (hidden // heads)
     queries = tensors.get("imadpt.q")

@@ -295,11 +295,7 @@ class ViSpecDraft(nn.Module):
 
         def text(start: int, stop: int) -> None:
             if stop > start:
-                rows.append(
-                    self.combine(
-                        embeddings[start:stop], features[start:stop], visual.expand(stop - start, -1)
-                    )
-                )
+                rows.append(self.combine(embeddings[start:stop], features[start:stop], visual.expand(stop - start, -1)))
                 places.append(positions[start:stop])
 
         for span in spans:
@@ -317,7 +313,8 @@ class ViSpecDraft(nn.Module):
 
     def runtime(self, target: Target) -> DraftRuntime:
         """What follows from the present weights, computed again only after they changed."""
-        version = (id(target.head.weight), *((p.data_ptr(), 0 if p.is_inference() else p._version) for p in self.parameters()))
+        changes = ((p.data_ptr(), 0 if p.is_inference() else p._version) for p in self.parameters())
+        version = (id(target.head.weight), len(self.head_tokens), *changes)
         if self._runtime is None or self._runtime[0] != version:
             self._runtime = (version, DraftRuntime(self, target))
         return self._runtime[1]

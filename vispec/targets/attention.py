@@ -53,4 +53,3 @@ def attention_of(config: object, name: str = NAME) -> Iterator[None]:
         yield
     finally:
         config._attn_implementation = own
-

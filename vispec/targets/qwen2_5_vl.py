@@ -46,9 +46,6 @@ class Qwen25VLTarget(Target):
         frames = iter(grids[:, 0].tolist())
         video = self.model.config.video_token_id
         return [
-            [
-                replace(span, frames=next(frames)) if tokens[index, span.start] == video else span
-                for span in row
-            ]
+            [replace(span, frames=next(frames)) if tokens[index, span.start] == video else span for span in row]
             for index, row in enumerate(rows)
         ]

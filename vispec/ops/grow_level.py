@@ -1,0 +1,141 @@
+"""One level of the draft tree, from logits to the next frontier."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from vispec.ops.backend import native_for, stream_of
+from vispec.ops.checks import check_logits, check_range, check_tensor, check_tensors
+from vispec.ops.order import best
+
+MAX_TOP_K = 64
+
+
+def grow_level(
+    logits: Tensor,
+    frontier_scores: Tensor,
+    frontier: Tensor,
+    *,
+    candidate_tokens: Tensor,
+    candidate_scores: Tensor,
+    candidate_parents: Tensor,
+    offset: int,
+    next_frontier: Tensor,
+    next_rows: Tensor,
+    next_tokens: Tensor,
+    next_scores: Tensor,
+    head_tokens: Tensor | None = None,
+) -> None:
+    """Score the children of every frontier row and choose the next frontier among them.
+
+    Each row's best K tokens become candidates at columns [offset, offset + R*K), row after row; the
+    best K of those R*K children become the next frontier.
+
+    Shapes (B batch, R frontier rows, V columns, N candidates, K top_k; integers int64):
+        logits: [B, R, V] float32, float16 or bfloat16; last dimension contiguous, the others as
+            they come.
+        frontier_scores: [B, R] float32. frontier: [B, R] candidate index of each row, -1 for the
+            root.
+        candidate_tokens, candidate_scores (float32), candidate_parents: [B, N], written in place.
+        next_frontier, next_rows, next_tokens, next_scores (float32): [B, K], written in place.
+        head_tokens: [V] token of each column where the draft's head is reduced; None: the column
+            itself.
+
+    Units: scores are cumulative natural-log probabilities.
+
+    Returns:
+        None; the destinations are written.
+
+    Raises:
+        ValueError: a dtype, shape, device or stride that does not fit, K > V, or a level beyond N.
+
+    Notes:
+        Ties: within a row by logit, then lower column; across rows by score, then lower child
+        index. A NaN logit counts as -inf, and +inf as the largest float32. A row without any finite
+        logit gives children of score -inf. No log-probability exceeds 0, so no child outranks its
+        parent. Sums run in float32 within a block of columns and in float64 across blocks. Does not
+        synchronise; a CUDA graph can replay it.
+
+    Source: EAGLE-2 (Li et al., 2024), section 4.1, for the expansion; the tie rules are original.
+    """
+    B, R, V = check_logits("grow_level", logits, "B, R, V")
+    K = next_frontier.shape[-1] if next_frontier.dim() == 2 else -1
+    N = candidate_tokens.shape[-1] if candidate_tokens.dim() == 2 else -1
+    op, like = "grow_level", logits
+    check_tensor(op, "frontier_scores", frontier_scores, torch.float32, "B, R", (B, R), like)
+    check_tensor(op, "frontier", frontier, torch.int64, "B, R", (B, R), like)
+    lists = {"candidate_tokens": candidate_tokens, "candidate_parents": candidate_parents}
+    check_tensors(op, lists, torch.int64, "B, N", (B, N), like)
+    check_tensor(op, "candidate_scores", candidate_scores, torch.float32, "B, N", (B, N), like)
+    chosen = {"next_frontier": next_frontier, "next_rows": next_rows, "next_tokens": next_tokens}
+    check_tensors(op, chosen, torch.int64, "B, K", (B, K), like)
+    check_tensor(op, "next_scores", next_scores, torch.float32, "B, K", (B, K), like)
+    if head_tokens is not None:
+        check_tensor(op, "head_tokens", head_tokens, torch.int64, "V", (V,), like)
+    check_range(op, "top_k", K, 1, min(V, MAX_TOP_K))
+    check_range(op, "offset", offset, 0, N - R * K)
+
+    module = native_for(op, logits)
+    run = grow_level_reference if module is None else _native(module)
+    run(
+        logits,
+        frontier_scores,
+        frontier,
+        candidate_tokens=candidate_tokens,
+        candidate_scores=candidate_scores,
+        candidate_parents=candidate_parents,
+        offset=offset,
+        next_frontier=next_frontier,
+        next_rows=next_rows,
+        next_tokens=next_tokens,
+        next_scores=next_scores,
+        head_tokens=head_tokens,
+    )
+
+
+def grow_level_reference(
+    logits: Tensor,
+    frontier_scores: Tensor,
+    frontier: Tensor,
+    *,
+    candidate_tokens: Tensor,
+    candidate_scores: Tensor,
+    candidate_parents: Tensor,
+    offset: int,
+    next_frontier: Tensor,
+    next_rows: Tensor,
+    next_tokens: Tensor,
+    next_scores: Tensor,
+    head_tokens: Tensor | None = None,
+) -> None:
+    """`grow_level` in plain PyTorch, on any device: the oracle of its tests."""
+    B, R, _ = logits.shape
+    K = next_frontier.shape[1]
+    largest = torch.finfo(torch.float32).max
+    values = torch.nan_to_num(logits.float(), nan=-torch.inf, posinf=largest, neginf=-torch.inf)
+    columns = best(values, K)
+    # The maximum is taken out by hand: log_softmax of a row that is -inf throughout is NaN.
+    top = values.amax(dim=-1, keepdim=True).clamp(min=-largest)
+    log_sum = (values - top).exp().sum(dim=-1, keepdim=True, dtype=torch.float64).log().float()
+    log_probabilities = (values.gather(-1, columns) - top) - log_sum.clamp(min=0)
+    scores = (frontier_scores[:, :, None] + log_probabilities).reshape(B, R * K)
+    scores = torch.nan_to_num(scores, nan=-torch.inf, posinf=torch.inf, neginf=-torch.inf)
+    tokens = (columns if head_tokens is None else head_tokens[columns]).reshape(B, R * K)
+
+    level = slice(offset, offset + R * K)
+    candidate_tokens[:, level] = tokens
+    candidate_scores[:, level] = scores
+    candidate_parents[:, level] = frontier.repeat_interleave(K, dim=1)
+    children = best(scores, K)
+    next_frontier.copy_(children + offset)
+    next_rows.copy_(children // K)
+    next_tokens.copy_(tokens.gather(1, children))
+    next_scores.copy_(scores.gather(1, children))
+
+
+def _native(module):
+    def run(logits, frontier_scores, frontier, **tensors):
+        module.grow_level(logits, frontier_scores, frontier, stream=stream_of(logits), **tensors)
+
+    return run
