@@ -9,13 +9,26 @@ CXX_FILES = $(shell find csrc bindings -name '*.h' -o -name '*.cpp' -o -name '*.
 EMULATED := $(if $(wildcard csrc/emu/*.cpp),ON,OFF)
 NATIVE_SOURCES = $(CXX_FILES) CMakeLists.txt $(wildcard cmake/*.cmake cmake/*/CMakeLists.txt) setup.py pyproject.toml
 
-.PHONY: demo test test-gpu lint format clean
+.PHONY: demo test test-oldest test-gpu lint format clean
 
 demo: $(VENV)/.demo
 	$(BIN)/vispec demo
 
 test: $(VENV)/.test
 	VISPEC_TEST_REQUIRE=native$(if $(filter ON,$(EMULATED)),$(comma)emulated) $(BIN)/python -m pytest tests
+
+# The same answers with the oldest transformers that we support, in an environment that borrows everything else.
+OLDEST := 5.17.*
+test-oldest: $(VENV)-oldest/.ready
+	PYTHONPATH=. $(VENV)-oldest/bin/python -m pytest -p no:cacheprovider tests/test_golden.py tests/test_draft.py \
+		tests/test_greedy.py tests/test_sampling.py tests/test_errors.py
+
+$(VENV)-oldest/.ready: $(VENV)/.test
+	$(PYTHON) -m venv $(VENV)-oldest
+	$(VENV)-oldest/bin/python -m pip install --quiet "transformers==$(OLDEST)"
+	$(BIN)/python -c "import sysconfig; print(sysconfig.get_path('purelib'))" \
+		> $$($(VENV)-oldest/bin/python -c "import sysconfig; print(sysconfig.get_path('purelib'))")/borrowed.pth
+	touch $@
 
 # Fails where there is no GPU: a green run means that the kernels ran on one.
 test-gpu: $(VENV)/.test
@@ -32,7 +45,7 @@ format: $(VENV)/.test
 	$(BIN)/clang-format -i $(CXX_FILES)
 
 clean:
-	rm -rf $(VENV) build *.egg-info vispec/*.so
+	rm -rf $(VENV) $(VENV)-oldest build *.egg-info vispec/*.so
 
 comma := ,
 
