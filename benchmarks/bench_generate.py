@@ -51,10 +51,10 @@ def prompts(processor: Any, count: int | None) -> list[tuple[str, dict[str, torc
     """The demo's pictures with their prompts, as the model reads them."""
     found = []
     for sample in demo.samples()[:count]:
-        picture = Image.open(sample.picture).convert("RGB")
+        picture = Image.open(sample.path).convert("RGB")
         content = [{"type": "image"}, {"type": "text", "text": sample.prompt}]
         text = processor.apply_chat_template([{"role": "user", "content": content}], add_generation_prompt=True)
-        found.append((sample.picture.name, processor(images=picture, text=text, return_tensors="pt")))
+        found.append((sample.path.name, processor(images=picture, text=text, return_tensors="pt")))
     return found
 
 

@@ -8,11 +8,10 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-import vispec.compare
+import vispec.compare.run
 from tests import tiny
 from vispec import TreeConfig, ViSpecDraft
-from vispec.compare import compare
-from vispec.verdict import TIE_STEPS, find_difference, tie_limit
+from vispec.compare import TIE_STEPS, compare, find_difference, tie_limit
 
 TREE = TreeConfig(depth=2, top_k=3, total_tokens=8)
 # No end tokens: every answer is as long as it may be.
@@ -57,9 +56,7 @@ def test_limit_at_zero_is_tiny():
 def test_tie_is_strictly_below_the_limit(dtype, steps_from_limit, tie):
     step = 16 * torch.finfo(dtype).eps
     second = 17.0 - (TIE_STEPS[dtype] + steps_from_limit) * step
-    found = find_difference(
-        [[7, 3, 5]], [[7, 4, 5]], lambda row, token: logits(t3=17.0, t4=second), dtype
-    )
+    found = find_difference([[7, 3, 5]], [[7, 4, 5]], lambda row, token: logits(t3=17.0, t4=second), dtype)
     assert (found.row, found.token, found.plain, found.vispec) == (0, 1, 3, 4)
     assert found.tie is tie
     assert found.gap == pytest.approx(17.0 - second)
@@ -80,9 +77,7 @@ def test_another_end_is_no_tie(plain, ours):
 def test_a_fault_in_a_later_row_outweighs_a_tie():
     tied = logits(t3=1.0, t4=1.0)
     clear = logits(t3=1.0, t4=0.5)
-    found = find_difference(
-        [[3], [3]], [[4], [4]], lambda row, token: (tied, clear)[row], torch.float32
-    )
+    found = find_difference([[3], [3]], [[4], [4]], lambda row, token: (tied, clear)[row], torch.float32)
     assert (found.row, found.tie) == (1, False)
 
 
@@ -123,9 +118,7 @@ def test_compare_on_real_models(name):
 def test_compare_takes_a_padded_batch():
     family = tiny.build("llava")
     prompts = [family.prompt(1, seed=1, text=5), family.prompt(1, seed=2, text=9)]
-    found = compare(
-        family.model, None, family.batch(prompts, "left"), max_new_tokens=8, warmup=0
-    )
+    found = compare(family.model, None, family.batch(prompts, "left"), max_new_tokens=8, warmup=0)
     assert found.verdict == "identical: yes"
     assert found.vispec.new_tokens == found.plain.new_tokens <= 16
 
@@ -145,7 +138,7 @@ def altered(monkeypatch):
     """Makes `fast_generate` answer another token at one place."""
 
     def alter(token: int, replacement: int) -> None:
-        own = vispec.compare.fast_generate
+        own = vispec.compare.run.fast_generate
 
         def other(model, draft, inputs, **options):
             result = own(model, draft, inputs, **options)
@@ -155,7 +148,7 @@ def altered(monkeypatch):
                 sequences[0, place] = replacement
             return SimpleNamespace(sequences=sequences, stats=result.stats)
 
-        monkeypatch.setattr(vispec.compare, "fast_generate", other)
+        monkeypatch.setattr(vispec.compare.run, "fast_generate", other)
 
     return alter
 

@@ -316,6 +316,8 @@ def test_checkpoints_that_cannot_be_read(llava, draft, tmp_path):
     whole = weights.read_bytes()
     with pytest.raises(FileNotFoundError, match="must be a folder or a hub id"):
         vispec.load_draft(tmp_path / "nowhere", target=llava.model)
+    with pytest.raises(FileNotFoundError, match="no/where must be a folder or a repository of the hub, got neither"):
+        vispec.load_draft("no/where", target=llava.model, local_files_only=True)
     with pytest.raises(FileNotFoundError, match="must hold config.json"):
         vispec.load_draft(tmp_path, target=llava.model)
     weights.write_bytes(whole[: len(whole) // 2])

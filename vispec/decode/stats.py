@@ -16,7 +16,8 @@ class GenerationStats:
 
     Attributes:
         rounds: rounds of verification, the prefill not among them.
-        accepted_per_round: drafted tokens accepted, one entry for each row that was still running in a round.
+        accepted_per_round: drafted tokens accepted, one entry for each row that was still running in a round. The
+            last token of a round counts as the bonus token, also where the row ended before its path did.
         new_tokens: tokens emitted over all rows.
         prefill_seconds, draft_seconds, verify_seconds, accept_seconds: time of each phase; on a GPU the time until
             the host could go on, since kernels run behind it.

@@ -70,7 +70,12 @@ def _folder(name: str | Path, local_files_only: bool) -> Path:
     from huggingface_hub import snapshot_download
 
     files = ["config.json", SAFETENSORS, PICKLE]
-    return Path(snapshot_download(str(name), allow_patterns=files, local_files_only=local_files_only))
+    try:
+        return Path(snapshot_download(str(name), allow_patterns=files, local_files_only=local_files_only))
+    except (OSError, ValueError) as error:
+        raise FileNotFoundError(
+            f"load_draft: {name} must be a folder or a repository of the hub, got neither: {error}"
+        ) from error
 
 
 def _read_tensors(folder: Path) -> dict[str, Tensor]:

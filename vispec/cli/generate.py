@@ -1,0 +1,139 @@
+"""Answer a question about pictures, or a text prompt, and stream the answer."""
+
+from __future__ import annotations
+
+import argparse
+import json
+from typing import Any
+
+import torch
+
+from vispec.cli.loading import DEMO, DTYPES, CommandError, load
+from vispec.cli.prompts import make_inputs, open_pictures
+from vispec.cli.running import answer, verdict_lines
+from vispec.compare import compare
+from vispec.tree import TreeConfig
+
+SAMPLING = ("top_k", "top_p", "min_p", "seed")
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Declares the options of `vispec generate`."""
+    parser.add_argument("--model", required=True, help=f"folder, hub id, or {DEMO}")
+    parser.add_argument("--draft", help=f"folder or hub id (--model {DEMO} has its own)")
+    parser.add_argument("--no-draft", action="store_true", help="decode plainly on our engine")
+    parser.add_argument("--image", action="append", default=[], metavar="FILE", help="repeatable")
+    parser.add_argument("--prompt", required=True, metavar="TEXT")
+    parser.add_argument("--max-new-tokens", type=int, default=256, metavar="N")
+    parser.add_argument("--temperature", type=float, default=0.0, help="0 (the default) is greedy")
+    parser.add_argument("--top-k", type=int, metavar="N", help="sample among the N likeliest")
+    parser.add_argument("--top-p", type=float, metavar="P")
+    parser.add_argument("--min-p", type=float, metavar="P")
+    parser.add_argument("--seed", type=int, help="of the sampling noise")
+    add_tree_arguments(parser)
+    parser.add_argument("--dtype", choices=DTYPES, default="auto", help="auto: as published")
+    parser.add_argument("--device", default="auto", help="auto: a GPU where there is one")
+    parser.add_argument("--threads", type=int, metavar="N", help="CPU threads")
+    parser.add_argument("--compare", action="store_true", help="also run model.generate; compare tokens and speed")
+    parser.add_argument("--show-tree", action="store_true", help="show every round's draft tree")
+
+
+def add_tree_arguments(parser: argparse.ArgumentParser) -> None:
+    """Declares the sizes of the draft tree."""
+    parser.add_argument("--depth", type=int, metavar="N", help="levels after the first")
+    parser.add_argument("--width", "--top-k-tree", dest="width", type=int, metavar="N", help="children of a node")
+    parser.add_argument("--total-tokens", type=int, metavar="N", help="nodes verified a round")
+
+
+def tree_of(arguments: argparse.Namespace, default: TreeConfig) -> TreeConfig:
+    """The draft tree as it was asked for."""
+    given = {
+        "depth": arguments.depth,
+        "top_k": arguments.width,
+        "total_tokens": arguments.total_tokens,
+    }
+    return TreeConfig(**{name: getattr(default, name) if size is None else size for name, size in given.items()})
+
+
+def set_threads(count: int | None) -> None:
+    """Limits torch, and with it our CPU ops, to so many threads.
+
+    Raises: CommandError for less than one.
+    """
+    if count is None:
+        return
+    if count < 1:
+        raise CommandError(f"--threads must be at least 1, got {count}")
+    torch.set_num_threads(count)
+
+
+def _options(arguments: argparse.Namespace) -> dict[str, Any]:
+    """Generation options; raises CommandError where they contradict each other."""
+    options: dict[str, Any] = {"max_new_tokens": arguments.max_new_tokens}
+    given = {name: getattr(arguments, name) for name in SAMPLING}
+    given = {name: value for name, value in given.items() if value is not None}
+    if not arguments.temperature:
+        if given:
+            names = ", ".join("--" + name.replace("_", "-") for name in given)
+            raise CommandError(f"{names}: --temperature must be above 0, got 0 (greedy)")
+        return {**options, "do_sample": False}
+    if arguments.compare:
+        raise CommandError(f"--compare needs greedy answers: --temperature must be 0, got {arguments.temperature}")
+    return {**options, **given, "do_sample": True, "temperature": arguments.temperature}
+
+
+def _check(arguments: argparse.Namespace) -> None:
+    if arguments.draft and arguments.no_draft:
+        raise CommandError("--draft and --no-draft must not be given together")
+    if not arguments.draft and not arguments.no_draft and arguments.model != DEMO:
+        raise CommandError("--draft must be a folder or a hub id, got nothing (--no-draft: without)")
+    set_threads(arguments.threads)
+
+
+def default_tree(model: str) -> TreeConfig:
+    """The demo has its own tree, tuned for CPUs."""
+    if model != DEMO:
+        return TreeConfig()
+    from vispec import demo
+
+    return getattr(demo, "TREE", TreeConfig(depth=3, top_k=4, total_tokens=12))
+
+
+def run(arguments: argparse.Namespace) -> int:
+    """Runs `vispec generate`. Returns: 0, or 1 when `--compare` found another answer."""
+    _check(arguments)
+    options = _options(arguments)
+    tree = tree_of(arguments, default_tree(arguments.model))
+    pictures = open_pictures(arguments.image)
+    loaded = load(
+        arguments.model,
+        "" if arguments.no_draft else arguments.draft,
+        dtype=arguments.dtype,
+        device=arguments.device,
+        quiet=arguments.json,
+    )
+    inputs = make_inputs(loaded.processor, arguments.prompt, pictures)
+    found = answer(
+        loaded,
+        inputs,
+        tree=tree,
+        show_tree=arguments.show_tree,
+        quiet=arguments.json,
+        **options,
+    )
+    comparison = None
+    if arguments.compare:
+        del options["do_sample"]
+        comparison = compare(loaded.model, loaded.draft, inputs, tree=tree, **options)
+    if arguments.json:
+        compared = None if comparison is None else comparison.as_dict()
+        print(json.dumps({"model": arguments.model, **found.as_dict(), "comparison": compared}))
+    elif comparison is not None:
+        print("\n" + "\n".join(verdict_lines(comparison)))
+    else:
+        print(
+            f"\n{len(found.tokens)} tokens in {found.seconds:.2f} s "
+            f"({len(found.tokens) / found.seconds:.1f} tokens/s), tau {found.stats.tau:.2f}, "
+            f"{found.stats.tokens_per_round:.2f} tokens a round"
+        )
+    return 0 if comparison is None or comparison.identical else 1
