@@ -117,7 +117,10 @@ class KeyValueCache:
     def commit(self, path: Tensor, counts: Tensor, host_counts: list[int]) -> None:
         """Moves the accepted nodes [B, D] of the last pass to the end of each row, then advances."""
         if path.shape[1] > 1:
-            ops.commit([*self.keys, *self.values], path, counts, self.lengths)
+            # Latent attention has keys and values of different widths, which one launch cannot move.
+            alike = self.keys[0].shape == self.values[0].shape
+            for stores in ([*self.keys, *self.values],) if alike else (self.keys, self.values):
+                ops.commit(stores, path, counts, self.lengths)
         self.advance(counts, host_counts)
 
     def advance(self, counts: Tensor, host_counts: list[int]) -> None:

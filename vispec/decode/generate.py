@@ -14,7 +14,7 @@ from vispec.decode.stats import GenerationStats
 from vispec.decode.stopping import Transcript
 from vispec.drafts.base import Draft
 from vispec.ops import Sampling
-from vispec.targets import GenerationSettings, Target, load_target, resolve_settings
+from vispec.targets import GenerationSettings, Target, load_target, resolve_settings, self_check
 from vispec.tree import TreeConfig
 
 # Below this temperature sampling is the argmax, and dividing by it would only overflow.
@@ -82,6 +82,7 @@ def fast_generate(
     sampling = _sampling(settings, seed, len(tokens), target)
     stats = GenerationStats()
     with torch.inference_mode(), target.session():
+        self_check(target, inputs)
         with stats.timed("prefill"):
             prompt = target.prefill(inputs)
         transcript = Transcript(prompt.tokens, prompt.lengths, settings.max_new_tokens, settings.criteria)

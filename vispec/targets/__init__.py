@@ -2,6 +2,7 @@
 
 from vispec.targets.base import Target
 from vispec.targets.families import load_target
+from vispec.targets.self_check import self_check
 from vispec.targets.settings import GenerationSettings, resolve_settings
 
 __all__ = [
@@ -9,4 +10,5 @@ __all__ = [
     "Target",
     "load_target",
     "resolve_settings",
+    "self_check",
 ]

@@ -61,6 +61,7 @@ class Target:
         self.text_config = config.get_text_config(decoder=True)
         _refuse_logit_transforms(self.text_config)
         _refuse_unsupported_cache(self.text_config)
+        _refuse_linear_biases(self.text_config)
 
     @property
     def device(self) -> torch.device:
@@ -129,6 +130,11 @@ class Target:
         last = features[torch.arange(len(lengths), device=features.device), lengths - 1]
         pairs = [(layer.keys, layer.values) for layer in layers.layers]
         del layers
+        if not pairs or any(keys is None for keys, _ in pairs):
+            raise ValueError(
+                f"target: {type(self.model).__name__} must fill the cache it is given, got layers without keys "
+                "(recurrent and custom caches are not supported)"
+            )
         unpadded = tokens.gather(1, rows)
         return Prompt(
             tokens=unpadded,
@@ -230,6 +236,12 @@ def _refuse_unsupported_cache(config: object) -> None:
             f"target: every layer must keep all keys and values, got {', '.join(kinds)} "
             "(sliding-window, chunked and recurrent caches are not supported)"
         )
+
+
+def _refuse_linear_biases(config: object) -> None:
+    """ALiBi derives its biases from a two-dimensional mask, which cannot say what a tree's node sees."""
+    if getattr(config, "alibi", False) or config.model_type in ("bloom", "mpt"):
+        raise ValueError(f"target: attention with linear biases (ALiBi) is not supported, got {config.model_type}")
 
 
 def _next_positions(positions: Tensor | None, keep: Tensor, lengths: Tensor) -> Tensor:

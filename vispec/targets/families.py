@@ -1,24 +1,23 @@
-"""The table of VLM families that differ from the generic adapter: one line each."""
+"""Which adapter serves which model."""
 
 from __future__ import annotations
 
 from transformers import PreTrainedModel
 
 from vispec.targets.base import Target
-from vispec.targets.qwen2_5_vl import Qwen25VLTarget
-
-FAMILIES: dict[str, type[Target]] = {
-    "qwen2_5_vl": Qwen25VLTarget,
-    "qwen2_vl": Qwen25VLTarget,
-}
+from vispec.targets.m_rope import MRopeTarget
 
 
 def load_target(model: PreTrainedModel | Target) -> Target:
     """Wraps a Hugging Face model as a target; a target is returned as it is.
 
+    Models that count their own three-row positions (`get_rope_index`) need `MRopeTarget`; every other decoder-only
+    model is served by the generic adapter. A family that differs gets a file of its own and a line here.
+
     Raises: ValueError for models that are not supported, by name.
     """
     if isinstance(model, Target):
         return model
-    kind = getattr(getattr(model, "config", None), "model_type", None)
-    return FAMILIES.get(kind, Target)(model)
+    if hasattr(getattr(model, "model", None), "get_rope_index"):
+        return MRopeTarget(model)
+    return Target(model)

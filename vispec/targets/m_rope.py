@@ -1,4 +1,4 @@
-"""Qwen2.5-VL (and Qwen2-VL): three rotary positions a token, images and videos, a remembered rope delta."""
+"""Qwen2-VL and its kin: three rotary positions a token (M-RoPE), videos in frames, a remembered rope delta."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from vispec.prompt import Span
 from vispec.targets.base import Target
 
 
-class Qwen25VLTarget(Target):
+class MRopeTarget(Target):
     """Adds what differs: M-RoPE positions, frames of a video, and the model's `rope_deltas` put back."""
 
     @contextmanager
