@@ -33,6 +33,7 @@ class KeyValueCache:
         self._first = 0
         self._used = 0
         self._slots: Tensor | None = None
+        self._movable: list[tuple[list[Tensor], Tensor | None]] | None = None
 
     @classmethod
     def from_prefill(
@@ -117,10 +118,8 @@ class KeyValueCache:
     def commit(self, path: Tensor, counts: Tensor, host_counts: list[int]) -> None:
         """Moves the accepted nodes [B, D] of the last pass to the end of each row, then advances."""
         if path.shape[1] > 1:
-            # Latent attention has keys and values of different widths, which one launch cannot move.
-            alike = self.keys[0].shape == self.values[0].shape
-            for stores in ([*self.keys, *self.values],) if alike else (self.keys, self.values):
-                ops.commit(stores, path, counts, self.lengths)
+            for stores, table in self._groups():
+                ops.commit(stores, path, counts, self.lengths, table=table)
         self.advance(counts, host_counts)
 
     def advance(self, counts: Tensor, host_counts: list[int]) -> None:
@@ -128,7 +127,17 @@ class KeyValueCache:
         self.lengths = self.lengths + counts
         self.host_lengths = [length + count for length, count in zip(self.host_lengths, host_counts, strict=True)]
 
+    def _groups(self) -> list[tuple[list[Tensor], Tensor | None]]:
+        """The tensors that one launch moves, and on a GPU the table of their addresses, made once."""
+        if self._movable is None:
+            # Latent attention has keys and values of different widths, which one launch cannot move.
+            alike = self.keys[0].shape == self.values[0].shape
+            groups = [[*self.keys, *self.values]] if alike else [self.keys, self.values]
+            self._movable = [(stores, ops.pointer_table(stores) if stores[0].is_cuda else None) for stores in groups]
+        return self._movable
+
     def _grow(self, capacity: int) -> None:
+        self._movable = None
         for store in (self.keys, self.values):
             for layer, old in enumerate(store):
                 larger = old.new_zeros(*old.shape[:2], capacity, old.shape[3])
