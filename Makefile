@@ -9,13 +9,29 @@ CXX_FILES = $(shell find csrc bindings -name '*.h' -o -name '*.cpp' -o -name '*.
 EMULATED := $(if $(wildcard csrc/emu/*.cpp),ON,OFF)
 NATIVE_SOURCES = $(CXX_FILES) CMakeLists.txt $(wildcard cmake/*.cmake cmake/*/CMakeLists.txt) setup.py pyproject.toml
 
-.PHONY: demo test test-oldest test-gpu lint format clean
+.PHONY: demo test asan tsan test-oldest test-gpu lint format clean
 
 demo: $(VENV)/.demo
 	$(BIN)/vispec demo
 
 test: $(VENV)/.test
 	VISPEC_TEST_REQUIRE=native$(if $(filter ON,$(EMULATED)),$(comma)emulated) $(BIN)/python -m pytest tests
+
+# The kernels under AddressSanitizer and UndefinedBehaviorSanitizer: every op test on a sanitized emulated module.
+ASAN_BUILD := build/asan
+asan: $(VENV)/.test
+	$(BIN)/cmake -S . -B $(ASAN_BUILD) -G Ninja -DVISPEC_CUDA=OFF -DVISPEC_EMULATED=ON -DVISPEC_SANITIZE=address \
+		-DCMAKE_CXX_FLAGS=-fsanitize=undefined -Dpybind11_DIR=$$($(BIN)/python -m pybind11 --cmakedir) \
+		-DPython_EXECUTABLE=$(abspath $(BIN))/python -DCMAKE_MAKE_PROGRAM=$(abspath $(BIN))/ninja
+	$(BIN)/ninja -C $(ASAN_BUILD) _emulated
+	VISPEC_EMULATED_FOLDER=$$(dirname $$(find $(abspath $(ASAN_BUILD)) -name '_emulated*.so')) \
+	ASAN_OPTIONS=detect_leaks=0 UBSAN_OPTIONS=halt_on_error=1 \
+	LD_PRELOAD="$$($(CXX) -print-file-name=libasan.so) $$($(CXX) -print-file-name=libubsan.so)" \
+		$(BIN)/python -m pytest tests/ops tests/kernels/test_rare_ways.py -k emulated
+
+# The kernels under ThreadSanitizer, and the proof that it reports a barrier that is missing.
+tsan: $(VENV)/.test
+	$(BIN)/python -m pytest tests/emulator/test_races.py tests/emulator/test_faults.py -k "race or sound"
 
 # The same answers with the oldest transformers that we support, in an environment that borrows everything else.
 OLDEST := 5.17.*

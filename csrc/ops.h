@@ -93,13 +93,14 @@ struct Commit {
   void* stream;
 };
 
-// Attention of T tree nodes over a cache: a node sees all committed slots and the tail slots of its ancestors. Query
-// heads h of key-value head h / (H / G). The tail's keys and values already lie in the cache. fp32 sums.
+// Attention of T tree nodes over a cache: a node sees all committed slots and the tail slots of its
+// ancestors. Query heads h of key-value head h / (H / G). The tail's keys and values already lie in the
+// cache. fp32 sums.
 struct TreeAttention {
-  const void* queries;       // [B, H, T, head] dtype f16 or bf16
-  const void* keys;          // [B, G, L, head]
-  const void* values;        // [B, G, L, head]
-  void* output;              // [B, H, T, head]
+  const void* queries;                                                 // [B, H, T, head] dtype f16 or bf16
+  const void* keys;                                                    // [B, G, L, head]
+  const void* values;                                                  // [B, G, L, head]
+  void* output;                                                        // [B, H, T, head]
   int64_t query_batch_stride, query_head_stride, query_row_stride;     // elements, multiples of 8
   int64_t cache_batch_stride, cache_head_stride, cache_slot_stride;    // of keys and values, multiples of 8
   int64_t output_batch_stride, output_head_stride, output_row_stride;  // elements
@@ -108,7 +109,7 @@ struct TreeAttention {
   const int64_t* ancestors;  // [B, T, W] bit i of word i/64: tail slot lengths + i is visible to the node
   float scale;               // of the products of queries and keys
   int64_t B, H, G, T, S, L, W, head;  // S tail slots, W = ceil(S / 64); head 64, 80, 96, 128 or 256
-  void* workspace;           // see tree_attention_workspace_bytes
+  void* workspace;                    // see tree_attention_workspace_bytes
   void* stream;
 };
 

@@ -15,7 +15,7 @@ from vispec.ops import use_backend
 REQUIRED = [name for name in os.environ.get("VISPEC_TEST_REQUIRE", "").split(",") if name]
 
 
-def _missing(name: str) -> str | None:
+def why_missing(name: str) -> str | None:
     """Why a backend cannot run here, or None."""
     if name == "native" and _native.extension is None:
         return "the native extension is not built"
@@ -73,7 +73,7 @@ class Backend:
 
 @pytest.fixture(params=["reference", "native", "emulated", pytest.param("cuda", marks=pytest.mark.gpu)])
 def backend(request) -> Backend:
-    reason = _missing(request.param)
+    reason = why_missing(request.param)
     if reason is not None:
         if request.param in REQUIRED:
             pytest.fail(f"VISPEC_TEST_REQUIRE names {request.param}, but {reason}")

@@ -1,0 +1,178 @@
+// The ops' own launches on small inputs, for ThreadSanitizer: every kernel and every way through it, no
+// Python.
+#include <cmath>
+#include <vector>
+
+#include "harness.h"
+#include "ops.h"
+
+namespace {
+
+using test::Buffer;
+using vispec::DType;
+
+unsigned state = 1;
+unsigned next() { return state = state * 1664525u + 1013904223u; }
+float logit(int kind) {  // spread, tied in steps of 1/4, or all equal
+  const float x = static_cast<float>(next() >> 8) * 0x1p-24f * 8.0f - 4.0f;
+  return kind == 0 ? x : kind == 1 ? std::floor(x * 4.0f) / 4.0f : 1.0f;
+}
+
+// [rows, V] logits of a dtype with `gap` unused elements before the first, so that vectors start inside a
+// row.
+struct Logits {
+  Logits(int64_t rows, int64_t V, DType dtype, int kind) : dtype(dtype), stride(V + 3) {
+    const size_t element = dtype == DType::f32 ? 4 : 2;
+    bytes.resize(static_cast<size_t>(rows * stride + 1) * element);
+    for (int64_t i = 0; i < rows * stride + 1; ++i) {
+      const float x = logit(kind);
+      if (dtype == DType::f32) {
+        std::memcpy(&bytes[static_cast<size_t>(i) * 4], &x, 4);
+      } else {
+        const uint16_t bits =
+            dtype == DType::f16 ? vs::from_float<vs::Half>(x).bits : vs::from_float<vs::BFloat16>(x).bits;
+        std::memcpy(&bytes[static_cast<size_t>(i) * 2], &bits, 2);
+      }
+    }
+    data = bytes.data() + element;
+  }
+  DType dtype;
+  int64_t stride;
+  std::vector<unsigned char> bytes;
+  void* data;
+};
+
+void grow(DType dtype, int kind, int64_t V) {
+  constexpr int64_t B = 1, R = 2, K = 4, N = R * K + 1;
+  Logits logits(B * R, V, dtype, kind);
+  Buffer<float> frontier_scores(B * R, -1.0f), scores(B * N), next_scores(B * K);
+  Buffer<int64_t> frontier(B * R, 3), tokens(B * N), parents(B * N), next_frontier(B * K), rows(B * K),
+      next(B * K);
+  vispec::GrowLevel p{};
+  p.logits = logits.data;
+  p.logits_batch_stride = R * logits.stride;
+  p.logits_row_stride = logits.stride;
+  p.dtype = dtype;
+  p.frontier_scores = frontier_scores.get();
+  p.frontier = frontier.get();
+  p.candidate_tokens = tokens.get();
+  p.candidate_scores = scores.get();
+  p.candidate_parents = parents.get();
+  p.next_frontier = next_frontier.get();
+  p.next_rows = rows.get();
+  p.next_tokens = next.get();
+  p.next_scores = next_scores.get();
+  p.B = B, p.R = R, p.V = V, p.K = K, p.N = N, p.offset = 1;
+  vispec::cuda::grow_level(p);
+  for (size_t i = 1; i < K; ++i) EXPECT(next_scores[i] <= next_scores[i - 1], static_cast<long long>(i));
+}
+
+void build() {
+  constexpr int64_t B = 2, N = 70, T = 66, W = 2;
+  Buffer<int64_t> root(B, 9), tokens(B * N), parents(B * N), out(B * T), above(B * T), depths(B * T),
+      bits(B * T * W);
+  Buffer<float> scores(B * N), out_scores(B * T);
+  for (int64_t i = 0; i < B * N; ++i) {
+    const int64_t c = i % N;
+    parents[static_cast<size_t>(i)] = c < 8 ? -1 : c / 2 - 4;
+    scores[static_cast<size_t>(i)] = -static_cast<float>(c / 8);
+  }
+  vispec::BuildTree p{};
+  p.root_tokens = root.get(), p.candidate_tokens = tokens.get();
+  p.candidate_scores = scores.get(), p.candidate_parents = parents.get();
+  p.tokens = out.get(), p.parents = above.get(), p.depths = depths.get(), p.ancestors = bits.get();
+  p.scores = out_scores.get();
+  p.B = B, p.N = N, p.T = T, p.W = W;
+  vispec::cuda::build_tree(p);
+  for (size_t t = 1; t < T; ++t)
+    EXPECT(depths[t] == depths[static_cast<size_t>(above[t])] + 1, static_cast<long long>(t));
+}
+
+void accept(DType dtype, int kind, int64_t V, bool sample, int64_t top_k, float top_p) {
+  constexpr int64_t B = 1, T = 2, D = 2, E = 1;
+  Logits logits(B * T, V, dtype, kind);
+  Buffer<int64_t> tokens(B * T), parents(B * T), lengths(B, 7), ks(B, top_k), seeds(B, 5), ends(E, -5),
+      remaining(B, 9);
+  Buffer<int64_t> finished(B), path(B * D), emitted(B * D), counts(B), status(B);
+  Buffer<float> temperature(B, 0.7f), ps(B, top_p), least(B, 0.01f);
+  for (size_t i = 0; i < B * T; ++i) parents[i] = static_cast<int64_t>(i % T) - 1;
+  Buffer<uint64_t> workspace(static_cast<size_t>(vispec::cuda::accept_workspace_bytes(B, T, V)) / 8,
+                             ~uint64_t{0});
+  vispec::Accept p{};
+  p.logits = logits.data;
+  p.logits_batch_stride = T * logits.stride;
+  p.logits_row_stride = logits.stride;
+  p.dtype = dtype;
+  p.tokens = tokens.get(), p.parents = parents.get(), p.lengths = lengths.get();
+  p.do_sample = sample;
+  p.temperature = temperature.get(), p.top_k = ks.get(), p.top_p = ps.get(), p.min_p = least.get();
+  p.seeds = seeds.get(), p.end_tokens = ends.get(), p.remaining = remaining.get(),
+  p.finished = finished.get();
+  p.path = path.get(), p.emitted = emitted.get(), p.counts = counts.get(), p.status = status.get();
+  p.B = B, p.T = T, p.V = V, p.D = D, p.E = E;
+  p.workspace = workspace.get();
+  vispec::cuda::accept(p);
+  for (size_t b = 0; b < B; ++b)
+    EXPECT(counts[b] >= 1 && counts[b] <= D && status[b] == 0, static_cast<long long>(b));
+}
+
+void commit() {
+  constexpr int64_t B = 2, G = 2, L = 12, head = 24, D = 10, count = 2;
+  Buffer<uint16_t> first(B * G * L * head), second(B * G * L * head);
+  Buffer<void*> tensors(count);
+  tensors[0] = first.get(), tensors[1] = second.get();
+  for (size_t i = 0; i < first.size(); ++i) first[i] = second[i] = static_cast<uint16_t>(i / head % L);
+  Buffer<int64_t> path(B * D, -1), counts(B, 9), lengths(B, 2);
+  for (size_t j = 0; j < 9; ++j) path[j] = path[D + j] = static_cast<int64_t>(j + 1);
+  vispec::Commit p{};
+  p.tensors = tensors.get();
+  p.tensor_count = count, p.element_bytes = 2;
+  p.batch_stride = G * L * head, p.head_stride = L * head, p.slot_stride = head;
+  p.path = path.get(), p.counts = counts.get(), p.lengths = lengths.get();
+  p.B = B, p.G = G, p.L = L, p.head = head, p.D = D;
+  vispec::cuda::commit(p);
+  for (size_t i = 0; i < first.size(); ++i) {
+    const size_t slot = i / head % L;
+    EXPECT(second[i] == (slot >= 2 && slot < 11 ? slot + 1 : slot), static_cast<long long>(i));
+  }
+}
+
+// Two runs of keys, a second row block, and a tail that shares a tile with the committed slots.
+void attend() {
+  constexpr int64_t B = 1, H = 8, G = 1, T = 9, S = 9, L = 300, W = 1, head = 64;
+  Buffer<uint16_t> queries(B * H * T * head, 0x3F80), keys(B * G * L * head, 0x3E80),
+      values(keys.size(), 0x4000);
+  Buffer<uint16_t> output(queries.size());
+  Buffer<int64_t> lengths(B, 280), ancestors(B * T, 1);
+  vispec::TreeAttention p{};
+  p.queries = queries.get(), p.keys = keys.get(), p.values = values.get(), p.output = output.get();
+  p.query_batch_stride = p.output_batch_stride = H * T * head;
+  p.query_head_stride = p.output_head_stride = T * head;
+  p.query_row_stride = p.output_row_stride = head;
+  p.cache_batch_stride = p.cache_head_stride = L * head, p.cache_slot_stride = head;
+  p.dtype = DType::bf16, p.lengths = lengths.get(), p.ancestors = ancestors.get(), p.scale = 0.125f;
+  p.B = B, p.H = H, p.G = G, p.T = T, p.S = S, p.L = L, p.W = W, p.head = head;
+  Buffer<float> workspace(static_cast<size_t>(vispec::cuda::tree_attention_workspace_bytes(p)) / 4);
+  p.workspace = workspace.get();
+  vispec::cuda::tree_attention(p);
+  for (size_t i = 0; i < output.size(); ++i)
+    EXPECT(output[i] == 0x4000, static_cast<long long>(i));  // all values: 2
+}
+
+}  // namespace
+
+int main() {
+  attend();
+  build();
+  commit();
+  grow(DType::bf16, 0, 300);
+  grow(DType::f32, 2, 90);
+  grow(DType::f16, 1, 9000);  // more tied columns than the list holds
+  accept(DType::bf16, 0, 4200, false, 0, 1.0f);
+  accept(DType::f16, 0, 60, true, 0, 1.0f);
+  accept(DType::bf16, 1, 500, true, 20, 0.8f);
+  accept(DType::f32, 0, 4200, true, 5, 1.0f);
+  accept(DType::f32, 2, 2500, true, 0, 0.5f);  // one bin, more than the list holds
+  std::printf("%d failures\n", test::failures);
+  return test::failures == 0 ? 0 : 1;
+}

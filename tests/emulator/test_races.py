@@ -1,0 +1,38 @@
+"""ThreadSanitizer over the ops' own kernels: silent as they are, loud without a barrier."""
+
+from __future__ import annotations
+
+import shutil
+
+from tests.emulator import programs
+
+# File, what stands right before a barrier, and the function whose accesses it orders.
+BARRIERS = [
+    ("grow_level.cuh", "candidate_scores[first + i]), i);\n  }\n", "grow_select"),
+    ("build_tree.cuh", "    node_of[c] = node;\n  }\n", "build_tree_rows"),
+    ("accept.cuh", "  shares[thread] = sum;\n", "accept_choose"),
+    ("accept_filter.cuh", "state[0] = state[1] = state[2] = 0;\n", "gather"),
+]
+
+
+def test_no_races_in_the_ops(folder):
+    done = programs.call(programs.build("ops", "thread", folder, kernels=programs.KERNELS), seed=1)
+    assert (done.returncode, done.stdout, done.stderr) == (0, "0 failures\n", "")
+
+
+def test_removed_barriers_are_races(folder, tmp_path):
+    source = tmp_path / "without" / "csrc"
+    shutil.copytree(programs.ROOT / "csrc", source)
+    for file, before, function in BARRIERS:
+        text = (source / file).read_text()
+        assert text.count(before) == 1, f"{function}: the place of its barrier has changed"
+        start = text.index(before) + len(before)
+        barrier = text.index("vs::sync_block();", start)
+        assert not text[start:barrier].strip(), f"{function}: the place of its barrier has changed"
+        (source / file).write_text(text[:barrier] + text[barrier + len("vs::sync_block();") :])
+    altered = {name: source / name for name in ("accept.cu", "build_tree.cu", "grow_level.cu")}
+    program = programs.build("ops", "thread", folder, kernels=programs.KERNELS, altered=altered)
+    done = programs.call(program, seed=1)
+    assert done.returncode == 66, done.stderr
+    for file, _, function in BARRIERS:
+        assert f"{file}:" in done.stderr and function in done.stderr, (file, function, done.stderr)

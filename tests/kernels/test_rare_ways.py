@@ -1,0 +1,145 @@
+"""Inputs that take the kernels' rarely used ways, against the reference: emulated, and CUDA if any."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from tests.ops.cases import floats, integers
+from vispec.ops import accept, build_tree, commit, grow_level
+from vispec.ops.accept import Sampling
+
+CHUNK = 4096  # columns of a block of accept
+LIST = 2048  # tokens of one bin that accept_filter keeps in shared memory
+GROW_LIST = 1024  # columns above the threshold that grow_rows keeps
+
+
+def grown(backend, logits: torch.Tensor, K: int) -> dict:
+    (B, R, _), N = logits.shape, logits.shape[1] * K
+    places = {
+        "candidate_tokens": integers(B, N),
+        "candidate_scores": floats(B, N),
+        "candidate_parents": integers(B, N),
+        "next_frontier": integers(B, K),
+        "next_rows": integers(B, K),
+        "next_tokens": integers(B, K),
+        "next_scores": floats(B, K),
+    }
+    scores = -torch.arange(R).float().repeat(B, 1)
+    return backend.run(grow_level, logits, scores, torch.arange(R).repeat(B, 1), offset=0, **places)
+
+
+def drawn(backend, logits: torch.Tensor, **settings: float) -> dict:
+    (B, T, _), D = logits.shape, 2
+    values = {"temperature": 1.0, "top_k": 0, "top_p": 1.0, "min_p": 0.0} | settings
+    sampling = Sampling(
+        torch.full((B,), values["temperature"]),
+        torch.full((B,), int(values["top_k"])),
+        torch.full((B,), values["top_p"]),
+        torch.full((B,), values["min_p"]),
+        torch.arange(B) * 7919,
+    )
+    places = {"path": integers(B, D), "emitted": integers(B, D)}
+    places |= {"counts": integers(B), "status": integers(B), "finished": torch.zeros(B).long()}
+    chain = torch.arange(-1, T - 1).repeat(B, 1)
+    return backend.run(
+        accept,
+        logits,
+        torch.zeros(B, T).long(),
+        chain,
+        torch.arange(B) * 1000,
+        end_tokens=integers(0),
+        remaining=torch.full((B,), 9),
+        sampling=sampling,
+        **places,
+    )
+
+
+def same(a: dict, b: dict) -> None:
+    for name, value in a.items():
+        if name == "positional":
+            continue
+        if value.dtype.is_floating_point:
+            torch.testing.assert_close(value, b[name], rtol=1e-5, atol=1e-6, equal_nan=True)
+        else:
+            assert torch.equal(value, b[name]), name
+
+
+@pytest.mark.parametrize("V", [LIST - 1, LIST, LIST + 1, 2 * LIST + 77])
+@pytest.mark.parametrize("settings", [{"top_p": 0.3}, {"top_k": 700}, {"top_k": 900, "top_p": 0.5}])
+def test_a_bin_longer_than_the_list(kernels, oracle, V, settings):
+    """All tokens tied, or within one bin of 1/32: the selection must read the row itself."""
+    generator = torch.Generator().manual_seed(V)
+    near = torch.rand(16, 1, V, generator=generator) / 40
+    for logits in (torch.ones(16, 1, V), near):
+        same(drawn(kernels, logits, **settings), drawn(oracle, logits, **settings))
+
+
+@pytest.mark.parametrize("V", [CHUNK - 1, CHUNK, CHUNK + 1, 3 * CHUNK + 5])
+@pytest.mark.parametrize("settings", [{}, {"top_k": 3}, {"top_p": 0.9, "min_p": 0.01}])
+def test_the_mass_lies_at_the_edges_of_chunks(kernels, oracle, V, settings):
+    """A handful of likely tokens around each boundary, the rest impossible."""
+    edges = [c + i for c in range(0, V, CHUNK) for i in range(-2, 3)] + [V - 1]
+    columns = torch.tensor(sorted({column for column in edges if 0 <= column < V}))
+    logits = torch.full((32, 1, V), -torch.inf)
+    logits[:, :, columns] = torch.arange(len(columns)).float() % 3
+    same(drawn(kernels, logits, **settings), drawn(oracle, logits, **settings))
+
+
+def test_weightless_tokens_are_never_drawn(kernels, oracle):
+    """Tokens 32 below the best have no bin: top-k beyond the others must not trip over them."""
+    logits = torch.full((32, 1, 500), -40.0)
+    logits[:, :, ::50] = torch.arange(10).float()
+    for top_k in (9, 10, 11, 499):
+        settings = {"top_k": top_k, "top_p": 0.999}
+        got = drawn(kernels, logits, **settings)
+        same(got, drawn(oracle, logits, **settings))
+        assert (got["emitted"][:, 0] % 50 == 0).all()
+
+
+@pytest.mark.parametrize("K", [1, 16, 40])
+def test_more_columns_than_the_list_above_the_threshold(kernels, oracle, K):
+    """The best columns all read by a few threads: the K passes over the row take over."""
+    V = 40000
+    logits = torch.linspace(-9, -8, V).repeat(2, 2, 1)
+    column = torch.arange(V)
+    few = column // 4 % 1024 < 8  # float32: thread (column / 4) mod 1024
+    logits[:, :, few] += 12
+    logits[1] = 0.5  # all tied
+    same(grown(kernels, logits, K), grown(oracle, logits, K))
+
+
+@pytest.mark.parametrize("V", [16, 17, 63, 129, 1025])
+def test_fewer_columns_than_threads(kernels, oracle, V):
+    generator = torch.Generator().manual_seed(V)
+    logits = torch.randn(2, 3, V, generator=generator)
+    same(grown(kernels, logits, 16), grown(oracle, logits, 16))
+
+
+@pytest.mark.parametrize("N", [31, 32, 33, 1100])
+def test_candidates_beyond_a_word_and_beyond_the_threads(kernels, oracle, N):
+    generator = torch.Generator().manual_seed(N)
+    parents = torch.stack([(torch.arange(N) - 5) // 2, torch.arange(N) - 1]).clamp(min=-1)
+    scores = torch.stack([-(torch.arange(N) // 3).float(), -torch.arange(N) / 100])
+    T = min(N + 1, 256)
+    places = {name: integers(2, T) for name in ("tokens", "parents", "depths")}
+    places |= {"ancestors": integers(2, T, (T + 63) // 64), "scores": floats(2, T)}
+    tokens = torch.randint(0, 999, (2, N), generator=generator)
+    inputs = (torch.tensor([1, 2]), tokens, scores, parents)
+    same(kernels.run(build_tree, *inputs, **places), oracle.run(build_tree, *inputs, **places))
+
+
+@pytest.mark.parametrize("count", [7, 8, 9, 11, 17])
+@pytest.mark.parametrize("head", [5, 8, 20, 64])
+def test_paths_longer_than_a_batch(kernels, oracle, count, head):
+    """More rows than a thread holds at once, columns of 2 to 16 bytes, old entries past counts."""
+    generator = torch.Generator().manual_seed(count)
+    cache = torch.randn(2, 3, 40, head, generator=generator).bfloat16()
+    steps = torch.randint(1, 3, (2, count), generator=generator)
+    path = torch.full((2, count + 2), -1)
+    path[:, :count] = steps.cumsum(dim=1) - steps[:, :1]
+    counts, lengths = torch.tensor([count, count - 2]), torch.tensor([0, 40 - int(path.max()) - 1])
+    tensors = [cache, cache + 1]
+    got, want = (side.run(commit, tensors, path, counts, lengths) for side in (kernels, oracle))
+    for ours, theirs in zip(got["positional"][0], want["positional"][0], strict=True):
+        assert torch.equal(ours, theirs)
