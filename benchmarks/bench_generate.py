@@ -92,11 +92,12 @@ def summarise(tree: vispec.TreeConfig, found: list[Comparison]) -> dict[str, Any
 def table(rows: list[dict[str, Any]]) -> Table:
     """The figures for people."""
     shown = Table(title="against model.generate, same prompts, run in turn")
-    for column in ("depth", "top_k", "nodes", "tau", "speed-up", "over lookup", "draft", "verify", "accept"):
+    for column in ("dtype", "depth", "top_k", "nodes", "tau", "speed-up", "over lookup", "draft", "verify", "accept"):
         shown.add_column(column, justify="right")
     for row in rows:
         tree, lookup = row["tree"], row["speed_up_over_prompt_lookup"]
         shown.add_row(
+            row["dtype"],
             *(str(tree[name]) for name in ("depth", "top_k", "total_tokens")),
             f"{row['tau']:.2f}",
             f"{row['speed_up']:.2f}x",
@@ -107,25 +108,26 @@ def table(rows: list[dict[str, Any]]) -> Table:
 
 
 def measure_speed(arguments: argparse.Namespace) -> list[dict[str, Any]]:
-    model, draft, processor = demo.load(dtype=getattr(torch, arguments.dtype) if arguments.dtype else None)
-    inputs = prompts(processor, arguments.pictures)
-    trees = SWEEP if arguments.sweep else [demo.TREE]
+    """One row a dtype and tree."""
     rows = []
-    for tree in trees:
-        found = [
-            compare(
-                model,
-                draft,
-                prompt,
-                tree=tree,
-                max_new_tokens=arguments.max_new_tokens,
-                repeats=arguments.repeats,
-                prompt_lookup=not arguments.sweep,
-            )
-            for _, prompt in track(inputs, description=f"{tree}", console=console, transient=True)
-        ]
-        rows.append(summarise(tree, found))
-        console.print(table(rows[-1:]))
+    for dtype in arguments.dtypes:
+        model, draft, processor = demo.load(dtype=getattr(torch, dtype))
+        inputs = prompts(processor, arguments.pictures)
+        for tree in SWEEP if arguments.sweep else [demo.TREE]:
+            found = [
+                compare(
+                    model,
+                    draft,
+                    prompt,
+                    tree=tree,
+                    max_new_tokens=arguments.max_new_tokens,
+                    repeats=arguments.repeats,
+                    prompt_lookup=not arguments.sweep,
+                )
+                for _, prompt in track(inputs, description=f"{dtype} {tree}", console=console, transient=True)
+            ]
+            rows.append({"dtype": dtype, **summarise(tree, found)})
+            console.print(table(rows[-1:]))
     return rows
 
 
@@ -133,15 +135,14 @@ def peak_of_child(way: str, arguments: argparse.Namespace) -> int:
     """Peak resident memory in bytes of a process that answers the first prompt one way."""
     command = [sys.executable, "-m", "benchmarks.bench_generate", "--child", way]
     command += ["--max-new-tokens", str(arguments.max_new_tokens)]
-    if arguments.dtype:
-        command += ["--dtype", arguments.dtype]
+    command += ["--dtypes", arguments.dtypes[0]]
     done = subprocess.run(command, capture_output=True, text=True, check=True)
     return int(json.loads(done.stdout.splitlines()[-1])["peak_bytes"])
 
 
 def child(arguments: argparse.Namespace) -> None:
     """Answers one prompt plainly or with the draft and prints its own peak memory."""
-    model, draft, processor = demo.load(dtype=getattr(torch, arguments.dtype) if arguments.dtype else None)
+    model, draft, processor = demo.load(dtype=getattr(torch, arguments.dtypes[0]))
     (_, inputs), *_ = prompts(processor, 1)
     if arguments.child == "plain":
         model.generate(**inputs, max_new_tokens=arguments.max_new_tokens, do_sample=False)
@@ -172,7 +173,7 @@ def main() -> None:
     parser.add_argument("--pictures", type=int, help="use only the first so many pictures")
     parser.add_argument("--repeats", type=int, default=2, help="runs of each way, in turn; the fastest counts")
     parser.add_argument("--threads", type=int, help="CPU threads of PyTorch")
-    parser.add_argument("--dtype", choices=("float32", "bfloat16"), help="default: the demo's own choice")
+    parser.add_argument("--dtypes", nargs="+", choices=("float32", "bfloat16"), default=["float32", "bfloat16"])
     parser.add_argument("--sweep", action="store_true", help="try several trees")
     parser.add_argument("--memory", action="store_true", help="measure peak memory instead of speed")
     parser.add_argument("--json", help="write the record here")

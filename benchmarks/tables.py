@@ -20,16 +20,18 @@ README = ROOT / "README.md"
 def speed(record: dict[str, Any]) -> list[str]:
     """Speed over plain generation, and where a round's time goes."""
     lines = [
-        "| tree (depth, top_k, nodes) | tau | tokens a round | over `generate` | over prompt lookup "
-        "| draft / verify / accept |",
-        "|---|---|---|---|---|---|",
+        "| dtype | tree (depth, top_k, nodes) | tau | tokens a round | over `generate` | over prompt lookup "
+        "| ties | draft / verify / accept |",
+        "|---|---|---|---|---|---|---|---|",
     ]
     for row in record["rows"]:
         tree, lookup = row["tree"], row["speed_up_over_prompt_lookup"]
         shares = " / ".join(f"{row[f'{name}_share']:.0%}" for name in ("draft", "verify", "accept"))
         lines.append(
-            f"| {tree['depth']}, {tree['top_k']}, {tree['total_tokens']} | {row['tau']:.2f} | {row['tau'] + 1:.2f} "
-            f"| {row['speed_up']:.2f}x | {f'{lookup:.2f}x' if lookup else ''} | {shares} |"
+            f"| {row['dtype']} | {tree['depth']}, {tree['top_k']}, {tree['total_tokens']} "
+            f"| {row['tau']:.2f} | {row['tau'] + 1:.2f} "
+            f"| {row['speed_up']:.2f}x | {f'{lookup:.2f}x' if lookup else ''} "
+            f"| {row['ties']} of {row['prompts']} | {shares} |"
         )
     return lines
 
