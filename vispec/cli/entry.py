@@ -11,6 +11,7 @@ from collections.abc import Sequence
 import vispec
 from vispec.cli import demo, doctor, generate
 from vispec.cli.loading import CommandError
+from vispec.train import command as train
 
 FAILED, BAD_INPUT, INTERRUPTED = 1, 2, 130
 # What the caller can mend: said in one line, without a traceback.
@@ -67,4 +68,5 @@ def _parser() -> argparse.ArgumentParser:
         own = commands.add_parser(name, parents=[shared], help=summary, description=summary)
         command.add_arguments(own)
         own.set_defaults(run=command.run)
+    train.add_commands(commands)
     return parser

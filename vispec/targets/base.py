@@ -26,8 +26,14 @@ LOGIT_TRANSFORMS = {
 
 
 @dataclass
-class _Captured:
-    """What a prefill's decoder read and wrote."""
+class Captured:
+    """What the decoder read and wrote in one pass.
+
+    Attributes:
+        embeddings: [B, S, C] its input rows, images merged.
+        positions: its position ids, [B, S] or three or four such rows; None where it counted for itself.
+        features: [B, S, C] its output.
+    """
 
     embeddings: Tensor | None = None
     positions: Tensor | None = None
@@ -117,11 +123,11 @@ class Target:
         mask = inputs["attention_mask"]
         keep = mask.bool()
         lengths = keep.sum(1)
-        captured = _Captured()
+        captured = Captured()
         layers = DynamicCache(config=self.text_config)
         arguments = {**inputs, **self.prefill_positions(inputs, mask)}
         base = getattr(self.model, self.model.base_model_prefix, self.model)
-        with self._capture(captured):
+        with self.capture(captured):
             base(**arguments, past_key_values=layers, use_cache=True)
         # A stable sort by "is padding" lists a row's own tokens first, in order.
         rows = torch.argsort((~keep).to(torch.int8), dim=1, stable=True)[:, : int(lengths.max())]
@@ -192,7 +198,9 @@ class Target:
         return self.head(features), features
 
     @contextmanager
-    def _capture(self, captured: _Captured) -> Iterator[None]:
+    def capture(self, captured: Captured) -> Iterator[None]:
+        """Notes what the decoder reads and writes while the block runs; the hooks go with it."""
+
         def before(module: object, args: tuple, kwargs: dict) -> None:
             embeddings = kwargs.get("inputs_embeds")
             captured.embeddings = self.embedding(kwargs["input_ids"]) if embeddings is None else embeddings

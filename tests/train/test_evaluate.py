@@ -1,0 +1,96 @@
+"""Acceptance as it is reported, against the engine's own statistics and against a draft that knows the answers."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+import torch
+
+from tests.replay import ReplayDraft
+from tests.tiny import VOCABULARY
+from tests.train.conftest import EXTENSION, NEW_TOKENS
+from vispec import TreeConfig, ViSpecDraft, fast_generate
+from vispec.train import evaluate, open_source
+from vispec.train.data import read_dataset
+from vispec.train.evaluate import FIRST_TOKENS, Acceptance
+from vispec.train.inputs import sample_inputs
+from vispec.train.sources import ImageStore
+
+
+def run(world, draft, **more):
+    settings = {"extension": EXTENSION, "max_new_tokens": NEW_TOKENS, **more}
+    return evaluate(world.model, world.processor, draft, open_source(world.requests), **settings)
+
+
+@pytest.fixture
+def draft(world):
+    torch.manual_seed(1)
+    return ViSpecDraft.for_target(world.model)
+
+
+def test_figures_are_the_engines_own(world, draft):
+    found = run(world, draft, seed=5, limit=4)
+    samples = read_dataset(world.answers)[0][:4]
+    for temperature in (0.0, 1.0):
+        accepted, tokens = [], 0
+        for sample in samples:
+            prompt = {
+                name: value[:, : len(sample.prompt)] if value.ndim == 2 else value
+                for name, value in sample_inputs(world.processor, ImageStore(world.root), sample).items()
+            }
+            options = {"do_sample": True, "temperature": 1.0, "top_k": 0} if temperature else {"do_sample": False}
+            result = fast_generate(
+                world.model,
+                draft,
+                prompt,
+                seed=5 + sample.index,
+                max_new_tokens=NEW_TOKENS,
+                return_dict_in_generate=True,
+                **options,
+            )
+            accepted += result.stats.accepted_per_round
+            tokens += result.stats.new_tokens
+        figures = found["temperatures"][f"{temperature:g}"]
+        assert figures["rounds"] == len(accepted) and figures["new_tokens"] == tokens
+        assert figures["tau"] == pytest.approx(sum(accepted) / len(accepted))
+        assert figures["tokens_per_round"] == figures["tau"] + 1
+        first = sum(count > 0 for count in accepted) / len(accepted)
+        assert figures["acceptance_by_depth"][0] == pytest.approx(first)
+        for groups in (figures["by_part"], figures["by_kind"]):
+            assert sum(group["rounds"] for group in groups.values()) == figures["rounds"]
+        assert set(figures["by_kind"]) == {"even", "odd"}
+    assert found["prompts"] == 4 and not found["skipped"]
+    assert json.loads(json.dumps(found)) == found
+
+
+def test_a_draft_that_knows_every_answer(world):
+    samples, _ = read_dataset(world.answers)
+    answers = {sample.prompt: list(sample.answer) for sample in samples}
+    knowing = ReplayDraft(answers, VOCABULARY, hit_rate=1.0)
+    tree = TreeConfig(depth=2, top_k=4, total_tokens=20)
+    figures = run(world, knowing, tree=tree, temperatures=(0.0,))["temperatures"]["0"]
+    # 24 tokens: one of the prefill, five rounds of four, and one of three that the limit cuts.
+    assert all(len(answer) == NEW_TOKENS for answer in answers.values()), "the figures below count whole answers"
+    assert figures["rounds"] == 60 and figures["tau"] == pytest.approx((5 * 3 + 2) / 6)
+    assert figures["acceptance_by_depth"] == pytest.approx([1, 1, 5 / 6])
+    assert figures["by_part"]["first"]["rounds"] == 10 * -(-(FIRST_TOKENS - 1) // 4)
+
+
+def test_acceptance_by_depth():
+    group = Acceptance()
+    group.accepted.update([0, 0, 1, 2, 2, 2, 3, 3])
+    assert group.rounds == 8 and group.tau == pytest.approx(13 / 8)
+    assert group.by_depth(4) == pytest.approx([6 / 8, 5 / 6, 2 / 5, 0])
+    assert Acceptance().tau == 0 and Acceptance().by_depth(2) == [0, 0]
+
+
+def test_bad_input(world, draft, tmp_path):
+    with pytest.raises(ValueError, match="temperatures must be at least 0"):
+        run(world, draft, temperatures=(-1.0,))
+    path = tmp_path / "rows.jsonl"
+    path.write_text('{"image": "gone.png", "prompt": "w4"}\n{"prompt": "w4"}\n')
+    found = evaluate(world.model, world.processor, draft, open_source(path), max_new_tokens=4)
+    assert found["prompts"] == 1 and [skip["skipped"] for skip in found["skipped"]] == ["image missing"]
+    with pytest.raises(ValueError, match=r"at least one prompt must be usable, got none of 1: .*gone\.png"):
+        evaluate(world.model, world.processor, draft, open_source(path), limit=1)

@@ -1,0 +1,168 @@
+"""Checkpoints of a training run, and drafts as they leave it."""
+
+from __future__ import annotations
+
+import errno
+import json
+import os
+import shutil
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+
+from vispec.drafts import ViSpecDraft, load_draft
+from vispec.targets import Target
+from vispec.train.config import FitConfig
+
+FOLDER = "checkpoints"
+STATE_VERSION = 1
+
+
+def save_checkpoint(
+    out: Path, step: int, draft: ViSpecDraft, optimizer: torch.optim.Optimizer, config: dict[str, Any], keep: int
+) -> Path:
+    """Writes weights, optimizer and step under another name, then renames; deletes all but the newest `keep`.
+
+    Noise and the order of samples follow from the seed and the step, so there is no generator to save.
+    Raises: OSError; a full disk with what to do about it.
+    """
+    folder = out / FOLDER / f"step-{step:08d}"
+    part = folder.with_name(folder.name + ".part")
+    shutil.rmtree(part, ignore_errors=True)
+    try:
+        part.mkdir(parents=True)
+        tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in draft.state_dict().items()}
+        save_file(tensors, part / "draft.safetensors")
+        torch.save(optimizer.state_dict(), part / "optimizer.pt")
+        state = {"state_version": STATE_VERSION, "step": step, "config": config}
+        (part / "state.json").write_text(json.dumps(state, indent=1) + "\n", encoding="utf-8")
+        for path in part.iterdir():
+            with open(path, "rb") as file:
+                os.fsync(file.fileno())
+        shutil.rmtree(folder, ignore_errors=True)
+        part.rename(folder)
+    except (OSError, SafetensorError, RuntimeError) as error:
+        shutil.rmtree(part, ignore_errors=True)
+        # Both writers wrap what the system said into errors of their own.
+        if getattr(error, "errno", None) == errno.ENOSPC or shutil.disk_usage(out).free < _size(draft):
+            message = f"fit: disk is full, {folder} was not written; earlier checkpoints are whole"
+            raise OSError(errno.ENOSPC, f"{message}: free space and run again with --resume") from error
+        raise
+    for old in sorted(path for path in folder.parent.glob("step-*") if path.suffix != ".part")[:-keep]:
+        shutil.rmtree(old)
+    return folder
+
+
+def _size(draft: ViSpecDraft) -> int:
+    """Bytes that a checkpoint takes: the weights and AdamW's two moments, float32."""
+    return 12 * sum(parameter.numel() for parameter in draft.parameters())
+
+
+# Settings that may differ between a run and its continuation: they change nothing that was computed.
+FREE_SETTINGS = ("out", "log_every", "checkpoint_every", "keep_checkpoints", "export", "image_root")
+
+
+def load_checkpoint(out: Path, draft: ViSpecDraft, optimizer: torch.optim.Optimizer, config: dict[str, Any]) -> int:
+    """Fills draft and optimizer from the newest checkpoint. Returns: its step.
+
+    Raises: FileNotFoundError where there is none; ValueError for one of another config or version.
+    """
+    found = sorted(path for path in (out / FOLDER).glob("step-*") if path.suffix != ".part")
+    if not found:
+        raise FileNotFoundError(f"fit: {out} must hold a checkpoint to resume from, got none")
+    folder = found[-1]
+    state = json.loads((folder / "state.json").read_text(encoding="utf-8"))
+    if state.get("state_version") != STATE_VERSION:
+        raise ValueError(f"fit: {folder} must be of version {STATE_VERSION}, got {state.get('state_version')!r}")
+    known = state["config"]
+    for name in sorted(set(known) | set(config)):
+        if name not in FREE_SETTINGS and known.get(name) != config.get(name):
+            raise ValueError(
+                f"fit: {name} must be {known.get(name)!r} as in {folder}, got {config.get(name)!r}: "
+                "a run is resumed with its own settings"
+            )
+    draft.load_state_dict(load_file(folder / "draft.safetensors"))
+    optimizer.load_state_dict(torch.load(folder / "optimizer.pt", map_location="cpu", weights_only=True))
+    return int(state["step"])
+
+
+def starting_draft(config: FitConfig, target: Target) -> ViSpecDraft:
+    """The draft that training starts from, float32: fresh, or the config's own, with an adaptor where it had none.
+
+    Raises: ValueError for another number of queries, and for a draft with a reduced vocabulary.
+    """
+    if config.draft is None:
+        with torch.random.fork_rng():
+            torch.manual_seed(config.seed)
+            draft = ViSpecDraft.for_target(target, config.num_queries)
+    else:
+        draft = load_draft(config.draft, target)
+        if draft.config.num_queries not in (0, config.num_queries):
+            raise ValueError(
+                f"fit: num_queries must be {draft.config.num_queries} as in {config.draft}, got {config.num_queries}"
+            )
+        if draft.config.num_queries != config.num_queries:
+            # A text-only draft gets a fresh adaptor.
+            with torch.random.fork_rng():
+                torch.manual_seed(config.seed)
+                larger = ViSpecDraft(replace(draft.config, num_queries=config.num_queries))
+            larger.load_state_dict({**larger.state_dict(), **draft.state_dict()})
+            draft = larger
+    if draft.head_tokens.numel():
+        raise ValueError(
+            f"fit: the draft must propose the whole vocabulary, got a head of {draft.head_tokens.numel()} tokens"
+        )
+    return draft.to(target.device, torch.float32).train()
+
+
+def finished_draft(draft: ViSpecDraft, dtype: torch.dtype) -> ViSpecDraft:
+    """A copy of the draft in the target's dtype, ready for use."""
+    copy = ViSpecDraft(draft.config)
+    copy.head_tokens = torch.empty_like(draft.head_tokens)
+    copy.load_state_dict(draft.state_dict())
+    return copy.to(device=draft.fc.weight.device, dtype=dtype).eval().requires_grad_(False)
+
+
+def export_published(draft: ViSpecDraft, target: Target, folder: str | Path) -> None:
+    """Writes a draft in the layout of published checkpoints, with the target's embedding.
+
+    `config.json` carries the target's model type and sizes, as theirs do. `vispec.load_draft` reads it back.
+    Raises: ValueError for a draft of another target or with a vocabulary of its own.
+    """
+    draft.check(target)
+    if draft.head_tokens.numel():
+        raise ValueError(
+            f"export_published: the draft must propose the whole vocabulary, got {draft.head_tokens.numel()} tokens"
+        )
+    folder = Path(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in draft.state_dict().items()}
+    del tensors["head_tokens"]
+    dtype = draft.fc.weight.dtype
+    # A copy: a target's embedding may share its memory with the head.
+    tensors["embed_tokens.weight"] = target.embedding.weight.detach().to("cpu", dtype, copy=True).contiguous()
+    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+    own, text = draft.config, target.text_config
+    config = {
+        "architectures": [type(target.model).__name__],
+        "model_type": target.model.config.model_type,
+        "hidden_act": "silu",
+        "hidden_size": own.hidden_size,
+        "intermediate_size": own.intermediate_size,
+        "max_position_embeddings": target.max_positions,
+        "num_attention_heads": own.num_attention_heads,
+        "num_hidden_layers": 1,
+        "num_key_value_heads": own.key_value_heads,
+        "rms_norm_eps": own.rms_norm_eps,
+        "rope_theta": own.rope_theta,
+        "vocab_size": own.vocab_size,
+        "torch_dtype": str(dtype).removeprefix("torch."),
+    }
+    if own.qkv_bias:
+        config["qkv_bias"] = True
+    config |= {name: getattr(text, name, None) for name in ("bos_token_id", "eos_token_id", "pad_token_id")}
+    (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")

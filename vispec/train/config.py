@@ -1,0 +1,167 @@
+"""What a training run is told: one dataclass, read from YAML or JSON, saved beside the weights."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import asdict, dataclass, fields
+from pathlib import Path
+from typing import Any
+
+# Learning rates of the published runs.
+LEARNING_RATES = {1: 3e-5, 2: 3e-6}
+USED_CONFIG = "training.json"
+
+
+@dataclass(frozen=True)
+class FitConfig:
+    """One stage of training. The defaults are the published ones where there are any.
+
+    Attributes:
+        data: folder of `vispec train collect`.
+        out: folder for weights, checkpoints, log and the used config.
+        stage: 1 (features, soft cross-entropy; no picture weights) or 2 (probabilities, self-rollout, pictures).
+        draft: folder or hub id to start from; None: fresh weights.
+        num_queries: adaptor queries of fresh weights; 0: no adaptor, as EAGLE.
+        mtp_steps: passes on the draft's own output after the first one; None: 0 in stage 1, 1 in stage 2.
+        epochs: times every sample is seen; `max_steps` ends sooner.
+        batch_size: samples an optimizer step, over all processes and micro-batches.
+        micro_batch_size: samples in one forward pass of one process.
+        max_length: tokens of prompt and answer; longer answers are cut, and counted.
+        learning_rate: its peak; None: the stage's published one.
+        warmup_epochs: linear rise from 0, then linear fall to 0 at the end.
+        weight_decay: of AdamW (betas 0.9 and 0.95).
+        clip_value: every gradient element is clipped to [-clip_value, clip_value].
+        noise: uniform noise on the target's features.
+        bf16: the draft computes in bfloat16 under autocast; its weights stay float32 while they are trained.
+        gradient_checkpointing: the draft's layer is computed again in the backward pass.
+        loss_chunk: positions whose logits exist at one time.
+        max_target_loss: nats a token above which the target's loss on its own answers is absurd; None: half of
+            log(vocabulary).
+        seed: of the first weights, the order of the samples and the noise.
+        image_root: where picture paths start; None: where they were when the answers were collected.
+        log_every, checkpoint_every: steps.
+        keep_checkpoints: how many of the newest are kept.
+        export: also writes `out/published`, the layout of published checkpoints with the target's embedding.
+    """
+
+    data: str
+    out: str
+    stage: int = 2
+    draft: str | None = None
+    num_queries: int = 2
+    mtp_steps: int | None = None
+    epochs: int = 20
+    max_steps: int | None = None
+    batch_size: int = 16
+    micro_batch_size: int = 1
+    max_length: int = 2048
+    learning_rate: float | None = None
+    warmup_epochs: float = 1.0
+    weight_decay: float = 0.01
+    clip_value: float = 0.5
+    noise: bool = True
+    bf16: bool = False
+    gradient_checkpointing: bool = False
+    loss_chunk: int = 128
+    max_target_loss: float | None = None
+    seed: int = 0
+    image_root: str | None = None
+    log_every: int = 10
+    checkpoint_every: int = 500
+    keep_checkpoints: int = 2
+    export: bool = False
+
+    def __post_init__(self) -> None:
+        for field in fields(self):
+            _check_type(field.name, getattr(self, field.name), str(field.type))
+        if self.stage not in LEARNING_RATES:
+            raise ValueError(f"fit: stage must be 1 or 2, got {self.stage}")
+        least = {"num_queries": 0, "max_length": 3, "clip_value": 0, "warmup_epochs": 0, "weight_decay": 0}
+        least |= {"mtp_steps": 0, "max_steps": 1, "seed": 0}
+        ones = ("epochs", "batch_size", "micro_batch_size", "loss_chunk", "log_every", "checkpoint_every")
+        least |= dict.fromkeys((*ones, "keep_checkpoints"), 1)
+        for name, bound in least.items():
+            value = getattr(self, name)
+            if value is not None and value < bound:
+                raise ValueError(f"fit: {name} must be at least {bound}, got {value}")
+        if self.learning_rate is not None and not self.learning_rate > 0:
+            raise ValueError(f"fit: learning_rate must be above 0, got {self.learning_rate}")
+
+    @property
+    def passes(self) -> int:
+        """Passes of the draft over each sample."""
+        steps = self.stage - 1 if self.mtp_steps is None else self.mtp_steps
+        return 1 + steps
+
+    @property
+    def peak_learning_rate(self) -> float:
+        return LEARNING_RATES[self.stage] if self.learning_rate is None else self.learning_rate
+
+    def as_dict(self) -> dict[str, Any]:
+        return asdict(self)
+
+    def save(self, folder: Path, more: dict[str, Any]) -> None:
+        """Writes `training.json`: this config, and whatever else a reader of the weights should know."""
+        text = json.dumps({"config": self.as_dict(), **more}, indent=2)
+        (folder / USED_CONFIG).write_text(text + "\n", encoding="utf-8")
+
+
+def _check_type(name: str, value: Any, annotation: str) -> None:
+    if value is None and "None" in annotation:
+        return
+    kinds = {"str": str, "int": int, "float": (int, float), "bool": bool}
+    kind = annotation.removesuffix(" | None")
+    wrong_bool = isinstance(value, bool) and kind != "bool"
+    if wrong_bool or not isinstance(value, kinds[kind]):
+        raise ValueError(f"fit: {name} must be {kind}, got {value!r}")
+
+
+def read_config(path: str | Path | None, overrides: dict[str, Any]) -> FitConfig:
+    """Reads a YAML or JSON file (a saved `training.json` too), with `overrides` on top.
+
+    Raises: FileNotFoundError; ImportError for YAML without pyyaml; ValueError for unknown names and bad values.
+    """
+    values: dict[str, Any] = {}
+    if path is not None:
+        values = _read_mapping(Path(path))
+    values = {**values, **overrides}
+    known = [field.name for field in fields(FitConfig)]
+    unknown = sorted(set(values) - set(known))
+    if unknown:
+        raise ValueError(f"fit: unknown setting {', '.join(unknown)}; known: {', '.join(known)}")
+    missing = [name for name in ("data", "out") if name not in values]
+    if missing:
+        raise ValueError(f"fit: {' and '.join(missing)} must be given, got neither in the config nor as an option")
+    return FitConfig(**values)
+
+
+def _read_mapping(path: Path) -> dict[str, Any]:
+    text = path.read_text(encoding="utf-8")
+    if path.suffix == ".json":
+        try:
+            values = json.loads(text)
+        except ValueError as error:
+            raise ValueError(f"fit: {path} must be JSON: {error}") from error
+        values = values.get("config", values) if isinstance(values, dict) else values
+    else:
+        try:
+            import yaml
+        except ImportError as error:
+            raise ImportError(f"fit: {path} needs pyyaml (pip install pyyaml), or write it as .json") from error
+        try:
+            values = yaml.safe_load(text)
+        except yaml.YAMLError as error:
+            raise ValueError(f"fit: {path} must be YAML: {' '.join(str(error).split())}") from error
+    if not isinstance(values, dict):
+        raise ValueError(f"fit: {path} must hold names and values, got {type(values).__name__}")
+    # YAML 1.1 reads 3e-5 as text.
+    return {name: _number(value) for name, value in values.items()}
+
+
+def _number(value: Any) -> Any:
+    if isinstance(value, str) and value[:1].isdigit():
+        try:
+            return float(value)
+        except ValueError:
+            return value
+    return value

@@ -1,0 +1,141 @@
+"""Which samples a training run sees, and when: order, inputs and skips."""
+
+from __future__ import annotations
+
+import math
+import random
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from vispec.targets import Target
+from vispec.train.collect import target_description
+from vispec.train.config import FitConfig
+from vispec.train.data import Sample, read_dataset, read_manifest
+from vispec.train.inputs import merge_inputs, sample_inputs
+from vispec.train.rows import feature_noise, read_target, supervised_rows
+from vispec.train.sources import ImageStore, UnusableSample
+
+# Samples whose loss under the target is looked at before training.
+CHECKED_SAMPLES = 4
+
+
+def _mixed(*numbers: int) -> int:
+    """One seed out of several numbers; near numbers give unrelated seeds."""
+    return random.Random("-".join(map(str, numbers))).getrandbits(63)
+
+
+class Feed:
+    """The usable samples of a data set in a fixed random order.
+
+    Everything random follows from the config's seed, the epoch and the sample, so a step is the same whatever ran
+    before it and however many processes share it.
+
+    Attributes:
+        samples: those that can be trained on.
+        skipped: samples left out or cut, by reason.
+        steps: optimizer steps of the whole run.
+
+    Raises: ValueError for answers of another model, and where no sample has a row to train.
+    """
+
+    def __init__(self, target: Target, processor: Any, config: FitConfig) -> None:
+        self.target = target
+        self.processor = processor
+        self.config = config
+        self.manifest = read_manifest(config.data)
+        own, known = target_description(target), self.manifest["settings"].get("target")
+        if known != own:
+            raise ValueError(f"fit: model must be the one that wrote the answers, {known}, got {own}")
+        self.store = ImageStore(config.image_root or self.manifest["settings"]["image_root"])
+        self.skipped: Counter[str] = Counter()
+        self._lines: list[str] = []
+        self._unreadable: set[int] = set()
+        self.samples = self._usable(read_dataset(Path(config.data))[0])
+        self.steps_per_epoch = math.ceil(len(self.samples) / config.batch_size)
+        total = config.epochs * self.steps_per_epoch
+        self.steps = total if config.max_steps is None else min(total, config.max_steps)
+
+    def chosen(self, number: int) -> list[Sample]:
+        """The samples of step `number`, which counts from 1."""
+        epoch, place = divmod(number - 1, self.steps_per_epoch)
+        generator = torch.Generator().manual_seed(_mixed(self.config.seed, epoch))
+        order = torch.randperm(len(self.samples), generator=generator)
+        size = self.config.batch_size
+        return [self.samples[index] for index in order[place * size : (place + 1) * size].tolist()]
+
+    def inputs(self, samples: list[Sample]) -> tuple[list[dict[str, Tensor]], list[Sample]]:
+        """The model's inputs of those samples whose pictures can be read."""
+        found, kept = [], []
+        for sample in samples:
+            try:
+                found.append(sample_inputs(self.processor, self.store, sample, self.config.max_length))
+                kept.append(sample)
+            except UnusableSample as error:
+                if sample.index not in self._unreadable:
+                    self._unreadable.add(sample.index)
+                    self._skip(error.reason, f"{sample.name}: {error.detail}")
+        return found, kept
+
+    def new_skips(self) -> list[str]:
+        """A line for each sample skipped since the last call."""
+        lines, self._lines = self._lines, []
+        return lines
+
+    def noises(self, samples: list[Sample], lengths: list[int], number: int) -> list[Tensor] | None:
+        """Noise [S_b, C] on each sample's features in step `number`, None where the config wants none."""
+        if not self.config.noise:
+            return None
+        epoch, width = (number - 1) // self.steps_per_epoch, self.target.hidden_size
+        pairs = zip(samples, lengths, strict=True)
+        return [feature_noise(length, width, _mixed(self.config.seed, epoch, one.index)) for one, length in pairs]
+
+    def check_target_loss(self) -> None:
+        """Raises ValueError where the target would hardly have written these answers: wrong weights."""
+        limit = self.config.max_target_loss
+        limit = math.log(self.target.vocabulary) / 2 if limit is None else limit
+        sums, count = 0.0, 0
+        for sample in self.samples[:CHECKED_SAMPLES]:
+            inputs = self.inputs([sample])[0]
+            if not inputs:
+                continue
+            reading = read_target(self.target, merge_inputs(inputs))
+            start, stop = len(sample.prompt), reading.lengths[0]
+            with torch.no_grad():
+                for place in range(start, stop, self.config.loss_chunk):
+                    end = min(place + self.config.loss_chunk, stop)
+                    logits = self.target.head(reading.features[0, place - 1 : end - 1]).float()
+                    sums += float(F.cross_entropy(logits, reading.tokens[0, place:end], reduction="sum"))
+            count += stop - start
+        if count and not sums / count <= limit:
+            raise ValueError(
+                f"fit: the target's loss on its own answers must be at most {limit:.2f} nats a token, got "
+                f"{sums / count:.2f}: these are not the weights that wrote {self.config.data}"
+            )
+
+    def _usable(self, samples: list[Sample]) -> list[Sample]:
+        """The samples that can be trained on; counts and lists the others."""
+        kept = []
+        for sample in samples:
+            gone = [image for image in sample.images if self.store.missing(image)]
+            if gone:
+                self._skip("image missing", f"{sample.name}: {self.store.root / gone[0]}")
+            elif not supervised_rows(sample, self.config.max_length):
+                self._skip("nothing to supervise", f"{sample.name}: {sample.length} tokens")
+            else:
+                self.skipped["answer cut at max_length"] += sample.length > self.config.max_length
+                kept.append(sample)
+        if not kept:
+            raise ValueError(
+                f"fit: nothing is supervised: none of {len(samples)} samples in {self.config.data} has a row to "
+                f"train, {dict(+self.skipped)}"
+            )
+        return kept
+
+    def _skip(self, reason: str, line: str) -> None:
+        self.skipped[reason] += 1
+        self._lines.append(f"skipped ({reason}): {line}")
