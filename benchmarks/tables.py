@@ -17,6 +17,13 @@ RESULTS = ROOT / "benchmarks" / "results"
 README = ROOT / "README.md"
 
 
+def lookup_text(row: dict[str, Any]) -> str:
+    """The speed-up over prompt lookup, and on how many prompts that ran at all."""
+    if row["speed_up_over_prompt_lookup"] is None:
+        return "it fails on all prompts"
+    return f"{row['speed_up_over_prompt_lookup']:.2f}x ({row['prompts_that_prompt_lookup_served']} prompts)"
+
+
 def speed(record: dict[str, Any]) -> list[str]:
     """Speed over plain generation, and where a round's time goes."""
     lines = [
@@ -25,12 +32,12 @@ def speed(record: dict[str, Any]) -> list[str]:
         "|---|---|---|---|---|---|---|---|",
     ]
     for row in record["rows"]:
-        tree, lookup = row["tree"], row["speed_up_over_prompt_lookup"]
+        tree = row["tree"]
         shares = " / ".join(f"{row[f'{name}_share']:.0%}" for name in ("draft", "verify", "accept"))
         lines.append(
             f"| {row['dtype']} | {tree['depth']}, {tree['top_k']}, {tree['total_tokens']} "
             f"| {row['tau']:.2f} | {row['tau'] + 1:.2f} "
-            f"| {row['speed_up']:.2f}x | {f'{lookup:.2f}x' if lookup else ''} "
+            f"| {row['speed_up']:.2f}x | {lookup_text(row)} "
             f"| {row['ties']} of {row['prompts']} | {shares} |"
         )
     return lines
