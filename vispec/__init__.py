@@ -1,5 +1,10 @@
 """vispec: lossless speculative decoding for Hugging Face vision-language models."""
 
+from __future__ import annotations
+
+import importlib
+from types import ModuleType
+
 from vispec.decode import GenerationResult, GenerationStats, fast_generate
 from vispec.drafts import ViSpecDraft, load_draft
 from vispec.tree import TreeConfig
@@ -14,3 +19,10 @@ __all__ = [
     "fast_generate",
     "load_draft",
 ]
+
+
+def __getattr__(name: str) -> ModuleType:
+    """`vispec.demo` is imported on first use: it is only needed by those who try the demo's model."""
+    if name == "demo":
+        return importlib.import_module("vispec.demo")
+    raise AttributeError(f"module 'vispec' has no attribute {name!r}")

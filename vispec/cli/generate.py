@@ -96,7 +96,7 @@ def default_tree(model: str) -> TreeConfig:
         return TreeConfig()
     from vispec import demo
 
-    return getattr(demo, "TREE", TreeConfig(depth=3, top_k=4, total_tokens=12))
+    return demo.TREE
 
 
 def run(arguments: argparse.Namespace) -> int:
