@@ -20,7 +20,6 @@ from dataclasses import asdict
 from typing import Any
 
 import torch
-from PIL import Image
 from rich.console import Console
 from rich.progress import track
 from rich.table import Table
@@ -28,6 +27,7 @@ from rich.table import Table
 import vispec
 from benchmarks.record import write
 from vispec import demo
+from vispec.cli.prompts import make_inputs, open_pictures
 from vispec.compare import Comparison, compare
 
 SWEEP = [
@@ -49,13 +49,10 @@ console = Console()
 
 def prompts(processor: Any, count: int | None) -> list[tuple[str, dict[str, torch.Tensor]]]:
     """The demo's pictures with their prompts, as the model reads them."""
-    found = []
-    for sample in demo.samples()[:count]:
-        picture = Image.open(sample.path).convert("RGB")
-        content = [{"type": "image"}, {"type": "text", "text": sample.prompt}]
-        text = processor.apply_chat_template([{"role": "user", "content": content}], add_generation_prompt=True)
-        found.append((sample.path.name, processor(images=picture, text=text, return_tensors="pt")))
-    return found
+    return [
+        (sample.path.name, make_inputs(processor, sample.prompt, open_pictures([sample.path])))
+        for sample in demo.samples()[:count]
+    ]
 
 
 def summarise(tree: vispec.TreeConfig, found: list[Comparison]) -> dict[str, Any]:

@@ -7,6 +7,7 @@ import torch
 from PIL import Image
 
 import vispec
+from vispec.cli.prompts import make_inputs, open_pictures
 from vispec.compare import compare
 
 
@@ -16,10 +17,7 @@ def loaded():
 
 
 def inputs_for(processor, sample, picture=None):
-    content = [{"type": "image"}, {"type": "text", "text": sample.prompt}]
-    text = processor.apply_chat_template([{"role": "user", "content": content}], add_generation_prompt=True)
-    picture = Image.open(sample.path).convert("RGB") if picture is None else picture
-    return processor(images=picture, text=text, return_tensors="pt")
+    return make_inputs(processor, sample.prompt, [picture] if picture else open_pictures([sample.path]))
 
 
 def test_the_draft_belongs_to_the_model_and_has_a_reduced_head(loaded):
