@@ -70,7 +70,7 @@ def summarise(tree: vispec.TreeConfig, found: list[Comparison]) -> dict[str, Any
         runs = [getattr(comparison, name) for comparison in comparisons]
         return sum(run.new_tokens for run in runs) / sum(run.seconds for run in runs)
 
-    # transformers' prompt lookup fails where it proposes a picture's placeholder token.
+    # Prompt lookup is transformers' own and may refuse a prompt.
     looked_up = [comparison for comparison in found if comparison.prompt_lookup is not None]
     return {
         "tree": asdict(tree),

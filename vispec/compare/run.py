@@ -174,7 +174,12 @@ def compare(
 
     runners: dict[str, Callable[[int], Any]] = {"vispec": ours, "plain": plain}
     if prompt_lookup:
-        runners["prompt_lookup"] = lambda limit: plain(limit, prompt_lookup_num_tokens=PROMPT_LOOKUP_TOKENS)
+        # Lookup copies stretches of the prompt into its guesses, and a forward pass over a picture's placeholder
+        # without its picture fails. Suppressed tokens are cut out of the guesses; no answer holds a placeholder.
+        suppressed = [*(options.get("suppress_tokens") or []), *_placeholders(model)]
+        runners["prompt_lookup"] = lambda limit: plain(
+            limit, prompt_lookup_num_tokens=PROMPT_LOOKUP_TOKENS, suppress_tokens=suppressed or None
+        )
     turns = _Turns(runners, device)
     if warmup:
         turns.run(min(warmup, max_new_tokens), timed=False)
@@ -195,6 +200,12 @@ def compare(
     )
     lookup = runs.get("prompt_lookup")
     return Comparison(runs["plain"], runs["vispec"], lookup, turns.refused, difference, stats)
+
+
+def _placeholders(model: Any) -> list[int]:
+    """Token ids that stand for rows of a picture or a video."""
+    found = (getattr(model.config, name, None) for name in ("image_token_id", "video_token_id"))
+    return [token for token in found if token is not None]
 
 
 class _Turns:
