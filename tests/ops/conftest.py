@@ -71,14 +71,19 @@ class Backend:
         return value.cpu() if isinstance(value, torch.Tensor) else value
 
 
+def available(name: str) -> Backend:
+    """A backend by name; skips the test where it cannot run here, fails it where it was required."""
+    reason = why_missing(name)
+    if reason is not None:
+        if name in REQUIRED:
+            pytest.fail(f"VISPEC_TEST_REQUIRE names {name}, but {reason}")
+        pytest.skip(reason)
+    return Backend(name)
+
+
 @pytest.fixture(params=["reference", "native", "emulated", pytest.param("cuda", marks=pytest.mark.gpu)])
 def backend(request) -> Backend:
-    reason = why_missing(request.param)
-    if reason is not None:
-        if request.param in REQUIRED:
-            pytest.fail(f"VISPEC_TEST_REQUIRE names {request.param}, but {reason}")
-        pytest.skip(reason)
-    return Backend(request.param)
+    return available(request.param)
 
 
 @pytest.fixture

@@ -123,12 +123,8 @@ class Target:
         mask = inputs["attention_mask"]
         keep = mask.bool()
         lengths = keep.sum(1)
-        captured = Captured()
         layers = DynamicCache(config=self.text_config)
-        arguments = {**inputs, **self.prefill_positions(inputs, mask)}
-        base = getattr(self.model, self.model.base_model_prefix, self.model)
-        with self.capture(captured):
-            base(**arguments, past_key_values=layers, use_cache=True)
+        captured = self.read(inputs, past_key_values=layers, use_cache=True)
         # A stable sort by "is padding" lists a row's own tokens first, in order.
         rows = torch.argsort((~keep).to(torch.int8), dim=1, stable=True)[:, : int(lengths.max())]
         picked = rows[..., None].expand(*rows.shape, captured.features.shape[-1])
@@ -152,6 +148,17 @@ class Target:
             spans=self.spans(unpadded, lengths, inputs),
             cache=KeyValueCache.from_prefill(pairs, rows, lengths, rows.shape[1] + GROWTH_SLOTS),
         )
+
+    def read(self, inputs: Mapping[str, Tensor], **options: object) -> Captured:
+        """Runs the model without its head over a padded batch, with the positions that `generate` would give it.
+
+        Shapes: `inputs` as for `prefill`. `options` go to the model's forward pass (its cache, for example).
+        """
+        base = getattr(self.model, self.model.base_model_prefix, self.model)
+        captured = Captured()
+        with self._capture(captured):
+            base(**{**inputs, **self.prefill_positions(inputs, inputs["attention_mask"])}, **options)
+        return captured
 
     def prefill_positions(self, inputs: Mapping[str, Tensor], mask: Tensor) -> dict[str, Tensor]:
         """Position arguments for the prefill: counted over each row's own tokens, as `generate` does."""
@@ -198,7 +205,7 @@ class Target:
         return self.head(features), features
 
     @contextmanager
-    def capture(self, captured: Captured) -> Iterator[None]:
+    def _capture(self, captured: Captured) -> Iterator[None]:
         """Notes what the decoder reads and writes while the block runs; the hooks go with it."""
 
         def before(module: object, args: tuple, kwargs: dict) -> None:

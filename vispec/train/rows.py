@@ -17,7 +17,6 @@ from torch.utils.checkpoint import checkpoint
 from vispec.drafts import ViSpecDraft
 from vispec.prompt import Span
 from vispec.targets import Target
-from vispec.targets.base import Captured
 from vispec.train.data import Sample
 
 NOISE_WIDTH = 0.2
@@ -53,11 +52,8 @@ def read_target(target: Target, inputs: Mapping[str, Tensor]) -> Reading:
     lengths = mask.sum(1)
     if not bool(mask[:, 0].all()):
         raise ValueError("read_target: samples must be padded on the right, got padding on the left")
-    model = target.model
-    base = getattr(model, model.base_model_prefix, model)
-    captured = Captured()
-    with torch.no_grad(), target.session(), target.capture(captured):
-        base(**{**inputs, **target.prefill_positions(inputs, mask)}, use_cache=False)
+    with torch.no_grad(), target.session():
+        captured = target.read(inputs, use_cache=False)
     tokens = inputs["input_ids"]
     spans = target.spans(tokens, lengths, inputs)
     return Reading(tokens, lengths.tolist(), captured.features, captured.embeddings, spans)
