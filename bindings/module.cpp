@@ -1,13 +1,5 @@
-// One short block per op: Python objects in, the params struct of csrc/ops.h out, the backend of the device
-// called without the GIL. Shapes are checked in vispec/ops, where an error can say more. Compiled twice: as
-// `_ext`, and with VISPEC_EMULATED as `_emulated`, where CPU tensors go to the CUDA kernels run by the
-// emulator.
-#include <pybind11/pybind11.h>
-
-#include <vector>
-
-#include "ops.h"
-#include "tensor_view.h"
+// The extension module: what was built, and the ops of every room.
+#include "bind.h"
 #if !defined(VISPEC_EMULATED)
 #include "cpu/pool.h"
 #include "cpu/rows.h"
@@ -23,162 +15,6 @@ namespace {
 
 namespace py = pybind11;
 using namespace vispec;
-using bindings::TensorView;
-
-#if defined(VISPEC_EMULATED)
-#define VISPEC_DISPATCH(op, on_gpu) cuda::op
-#elif defined(VISPEC_HAS_CUDA)
-#define VISPEC_DISPATCH(op, on_gpu) ((on_gpu) ? cuda::op : cpu::op)
-#else
-#define VISPEC_DISPATCH(op, on_gpu) (require_cpu(on_gpu), cpu::op)
-void require_cpu(bool on_gpu) {
-  if (on_gpu) throw std::runtime_error("vispec: this build has no CUDA kernels");
-}
-#endif
-
-template <class Params>
-void run(void (*function)(const Params&), const Params& params) {
-  py::gil_scoped_release release;
-  function(params);
-}
-
-void* stream_of(uintptr_t stream) { return reinterpret_cast<void*>(stream); }
-
-void grow_level(py::handle logits_, py::handle frontier_scores, py::handle frontier,
-                py::handle candidate_tokens_, py::handle candidate_scores, py::handle candidate_parents,
-                int64_t offset, py::handle next_frontier_, py::handle next_rows, py::handle next_tokens,
-                py::handle next_scores, py::handle head_tokens, uintptr_t stream) {
-  const TensorView logits("logits", logits_), candidate_tokens("candidate_tokens", candidate_tokens_);
-  const TensorView next_frontier("next_frontier", next_frontier_);
-  GrowLevel op{};
-  op.logits = logits.data();
-  op.logits_batch_stride = logits.stride(0);
-  op.logits_row_stride = logits.stride(1);
-  op.dtype = logits.floating();
-  op.frontier_scores = TensorView("frontier_scores", frontier_scores).floats();
-  op.frontier = TensorView("frontier", frontier).int64s();
-  op.head_tokens = head_tokens.is_none() ? nullptr : TensorView("head_tokens", head_tokens).int64s();
-  op.candidate_tokens = candidate_tokens.int64s();
-  op.candidate_scores = TensorView("candidate_scores", candidate_scores).floats();
-  op.candidate_parents = TensorView("candidate_parents", candidate_parents).int64s();
-  op.next_frontier = next_frontier.int64s();
-  op.next_rows = TensorView("next_rows", next_rows).int64s();
-  op.next_tokens = TensorView("next_tokens", next_tokens).int64s();
-  op.next_scores = TensorView("next_scores", next_scores).floats();
-  op.B = logits.size(0);
-  op.R = logits.size(1);
-  op.V = logits.size(2);
-  op.K = next_frontier.size(1);
-  op.N = candidate_tokens.size(1);
-  op.offset = offset;
-  op.stream = stream_of(stream);
-  run(VISPEC_DISPATCH(grow_level, logits.cuda()), op);
-}
-
-void build_tree(py::handle root_tokens, py::handle candidate_tokens, py::handle candidate_scores_,
-                py::handle candidate_parents, py::handle tokens_, py::handle parents, py::handle depths,
-                py::handle ancestors_, py::handle scores, uintptr_t stream) {
-  const TensorView candidate_scores("candidate_scores", candidate_scores_), tokens("tokens", tokens_);
-  const TensorView ancestors("ancestors", ancestors_);
-  BuildTree op{};
-  op.root_tokens = TensorView("root_tokens", root_tokens).int64s();
-  op.candidate_tokens = TensorView("candidate_tokens", candidate_tokens).int64s();
-  op.candidate_scores = candidate_scores.floats();
-  op.candidate_parents = TensorView("candidate_parents", candidate_parents).int64s();
-  op.tokens = tokens.int64s();
-  op.parents = TensorView("parents", parents).int64s();
-  op.depths = TensorView("depths", depths).int64s();
-  op.ancestors = ancestors.int64s();
-  op.scores = TensorView("scores", scores).floats();
-  op.B = tokens.size(0);
-  op.N = candidate_scores.size(1);
-  op.T = tokens.size(1);
-  op.W = ancestors.size(2);
-  op.stream = stream_of(stream);
-  run(VISPEC_DISPATCH(build_tree, tokens.cuda()), op);
-}
-
-void accept(py::handle logits_, py::handle tokens, py::handle parents, py::handle lengths,
-            py::handle end_tokens_, py::handle remaining, py::handle finished, py::handle path_,
-            py::handle emitted, py::handle counts, py::handle status, py::object sampling,
-            py::handle workspace, uintptr_t stream) {
-  const TensorView logits("logits", logits_), end_tokens("end_tokens", end_tokens_), path("path", path_);
-  Accept op{};
-  op.logits = logits.data();
-  op.logits_batch_stride = logits.stride(0);
-  op.logits_row_stride = logits.stride(1);
-  op.dtype = logits.floating();
-  op.tokens = TensorView("tokens", tokens).int64s();
-  op.parents = TensorView("parents", parents).int64s();
-  op.lengths = TensorView("lengths", lengths).int64s();
-  op.do_sample = sampling.is_none() ? 0 : 1;
-  if (op.do_sample) {
-    const py::tuple settings = sampling;
-    op.temperature = TensorView("temperature", settings[0]).floats();
-    op.top_k = TensorView("top_k", settings[1]).int64s();
-    op.top_p = TensorView("top_p", settings[2]).floats();
-    op.min_p = TensorView("min_p", settings[3]).floats();
-    op.seeds = TensorView("seeds", settings[4]).int64s();
-  }
-  op.end_tokens = end_tokens.int64s();
-  op.remaining = TensorView("remaining", remaining).int64s();
-  op.finished = TensorView("finished", finished).int64s();
-  op.path = path.int64s();
-  op.emitted = TensorView("emitted", emitted).int64s();
-  op.counts = TensorView("counts", counts).int64s();
-  op.status = TensorView("status", status).int64s();
-  op.B = logits.size(0);
-  op.T = logits.size(1);
-  op.V = logits.size(2);
-  op.D = path.size(1);
-  op.E = end_tokens.size(0);
-  op.workspace = workspace.is_none() ? nullptr : TensorView("workspace", workspace).data();
-  op.stream = stream_of(stream);
-  run(VISPEC_DISPATCH(accept, logits.cuda()), op);
-}
-
-int64_t accept_workspace_bytes(int64_t B, int64_t T, int64_t V, bool on_gpu) {
-#if defined(VISPEC_EMULATED)
-  (void)on_gpu;
-  return cuda::accept_workspace_bytes(B, T, V);
-#elif defined(VISPEC_HAS_CUDA)
-  return on_gpu ? cuda::accept_workspace_bytes(B, T, V) : 0;
-#else
-  (void)B, (void)T, (void)V;
-  require_cpu(on_gpu);
-  return 0;
-#endif
-}
-
-// `table` holds the addresses on the GPU; elsewhere they are taken from the tensors.
-void commit(py::list tensors, py::handle path_, py::handle counts, py::handle lengths, py::handle table,
-            uintptr_t stream) {
-  const TensorView first("tensors[0]", tensors[0]), path("path", path_);
-  std::vector<void*> addresses;
-  Commit op{};
-  if (first.cuda()) {
-    op.tensors = static_cast<void* const*>(static_cast<void*>(TensorView("table", table).int64s()));
-  } else {
-    for (const py::handle& tensor : tensors)
-      addresses.push_back(reinterpret_cast<void*>(tensor.attr("data_ptr")().cast<uintptr_t>()));
-    op.tensors = addresses.data();
-  }
-  op.tensor_count = static_cast<int64_t>(tensors.size());
-  op.element_bytes = first.element_bytes();
-  op.batch_stride = first.stride(0);
-  op.head_stride = first.stride(1);
-  op.slot_stride = first.stride(2);
-  op.path = path.int64s();
-  op.counts = TensorView("counts", counts).int64s();
-  op.lengths = TensorView("lengths", lengths).int64s();
-  op.B = first.size(0);
-  op.G = first.size(1);
-  op.L = first.size(2);
-  op.head = first.size(3);
-  op.D = path.size(1);
-  op.stream = stream_of(stream);
-  run(VISPEC_DISPATCH(commit, first.cuda()), op);
-}
 
 py::dict build_info() {
   py::dict info;
@@ -209,19 +45,7 @@ py::dict build_info() {
 PYBIND11_MODULE(VISPEC_MODULE, module) {
   using py::arg;
   module.doc() = "Native ops of vispec; call them through vispec.ops, which checks the arguments.";
-  module.def("grow_level", grow_level, arg("logits"), arg("frontier_scores"), arg("frontier"), py::kw_only(),
-             arg("candidate_tokens"), arg("candidate_scores"), arg("candidate_parents"), arg("offset"),
-             arg("next_frontier"), arg("next_rows"), arg("next_tokens"), arg("next_scores"),
-             arg("head_tokens"), arg("stream"));
-  module.def("build_tree", build_tree, arg("root_tokens"), arg("candidate_tokens"), arg("candidate_scores"),
-             arg("candidate_parents"), py::kw_only(), arg("tokens"), arg("parents"), arg("depths"),
-             arg("ancestors"), arg("scores"), arg("stream"));
-  module.def("accept", accept, arg("logits"), arg("tokens"), arg("parents"), arg("lengths"), py::kw_only(),
-             arg("end_tokens"), arg("remaining"), arg("finished"), arg("path"), arg("emitted"), arg("counts"),
-             arg("status"), arg("sampling"), arg("workspace"), arg("stream"));
-  module.def("accept_workspace_bytes", accept_workspace_bytes, arg("B"), arg("T"), arg("V"), arg("on_gpu"));
-  module.def("commit", commit, arg("tensors"), arg("path"), arg("counts"), arg("lengths"), py::kw_only(),
-             arg("table"), arg("stream"));
+  bindings::bind_round(module);
   module.def("build_info", build_info);
 #if !defined(VISPEC_EMULATED)
   module.def("set_num_threads", cpu::set_num_threads, arg("count"));

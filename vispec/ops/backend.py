@@ -43,6 +43,10 @@ def _checked(name: str | None, what: str) -> str | None:
     return name
 
 
+def _choice() -> str | None:
+    return _forced or _checked(os.environ.get("VISPEC_BACKEND") or None, "VISPEC_BACKEND")
+
+
 def native_for(op: str, tensor: torch.Tensor) -> ModuleType | None:
     """The compiled module that serves `tensor`'s device, or None where the PyTorch reference does.
 
@@ -50,7 +54,7 @@ def native_for(op: str, tensor: torch.Tensor) -> ModuleType | None:
         RuntimeError: when a CUDA tensor meets a build without CUDA kernels, or when a backend that
             was asked for by name is not built. Never a silent slow path on a GPU.
     """
-    name = _forced or _checked(os.environ.get("VISPEC_BACKEND") or None, "VISPEC_BACKEND")
+    name = _choice()
     if name == "reference":
         return None
     device = tensor.device.type
@@ -68,6 +72,13 @@ def native_for(op: str, tensor: torch.Tensor) -> ModuleType | None:
         f"{op}: native code serves cpu and cuda tensors, got {tensor.device}; "
         "set VISPEC_BACKEND=reference to run it in PyTorch"
     )
+
+
+def kernels_for(op: str, tensor: torch.Tensor) -> ModuleType | None:
+    """As `native_for`, for ops that the CPU leaves to PyTorch: a module only where CUDA kernels serve the tensor."""
+    if tensor.device.type == "cpu" and _choice() != "emulated":
+        return None
+    return native_for(op, tensor)
 
 
 def stream_of(tensor: torch.Tensor) -> int:

@@ -1,0 +1,46 @@
+// What every binding shares: Python objects in, the params struct of csrc/ops.h out, the backend of the
+// device called without the GIL. Shapes are checked in vispec/ops, where an error can say more. Everything
+// here is compiled twice: as `_ext`, and with VISPEC_EMULATED as `_emulated`, where CPU tensors go to the
+// CUDA kernels run by the emulator.
+#pragma once
+
+#include <pybind11/pybind11.h>
+
+#include <stdexcept>
+
+#include "ops.h"
+#include "tensor_view.h"
+
+namespace vispec::bindings {
+
+namespace py = pybind11;
+
+// Ops that the CPU leaves to torch are bound where there are kernels, and call them directly.
+#if defined(VISPEC_EMULATED) || defined(VISPEC_HAS_CUDA)
+#define VISPEC_HAS_KERNELS
+#endif
+
+// The CPU's or the GPU's version of an op.
+#if defined(VISPEC_EMULATED)
+#define VISPEC_DISPATCH(op, on_gpu) cuda::op
+#elif defined(VISPEC_HAS_CUDA)
+#define VISPEC_DISPATCH(op, on_gpu) ((on_gpu) ? cuda::op : cpu::op)
+#else
+#define VISPEC_DISPATCH(op, on_gpu) (::vispec::bindings::require_cpu(on_gpu), cpu::op)
+inline void require_cpu(bool on_gpu) {
+  if (on_gpu) throw std::runtime_error("vispec: this build has no CUDA kernels");
+}
+#endif
+
+template <class Params>
+void run(void (*function)(const Params&), const Params& params) {
+  py::gil_scoped_release release;
+  function(params);
+}
+
+inline void* stream_of(uintptr_t stream) { return reinterpret_cast<void*>(stream); }
+
+// One function a room of ops; each defines its ops in the module.
+void bind_round(py::module_& module);
+
+}  // namespace vispec::bindings
