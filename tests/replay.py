@@ -99,3 +99,51 @@ class ReplaySession:
             if depths[parent] < self.tree.longest_path - 1 and token not in children[parent]:
                 add(parent, token)
         return tokens, parents
+
+
+class DeviceReplayDraft:
+    """As `ReplayDraft`, but without the host: a chain of true tokens, wrong at every so-manieth place.
+
+    `answers` [B, A] int64 holds the new tokens of plain generation, one row a prompt.
+    """
+
+    def __init__(self, answers: Tensor, vocabulary: int, miss_every: int) -> None:
+        self.answers = answers
+        self.vocabulary = vocabulary
+        self.miss_every = miss_every
+
+    def check(self, target: object) -> None:
+        """Any target will do."""
+
+    def start(self, target: object, prompt: Prompt, first_tokens: Tensor, tree: TreeConfig) -> DeviceReplaySession:
+        return DeviceReplaySession(self, tree)
+
+
+class DeviceReplaySession:
+    """Counts what has been committed on the device."""
+
+    def __init__(self, draft: DeviceReplayDraft, tree: TreeConfig) -> None:
+        self.draft = draft
+        self.tree = tree
+        self.emitted = torch.ones_like(draft.answers[:, 0])
+
+    def fix(self, tokens: int) -> None:
+        """Nothing moves and nothing is read back anyway."""
+
+    def commit(self, features: Tensor, tokens: Tensor, counts: Tensor, host_counts: list[int] | None) -> None:
+        self.emitted += counts
+
+    def propose(self, root_tokens: Tensor) -> DraftTree:
+        batch, nodes, device = len(root_tokens), self.tree.longest_path, root_tokens.device
+        tree = DraftTree.empty(batch, nodes, nodes, device)
+        chain = torch.arange(nodes, device=device)
+        places = self.emitted[:, None] + chain - 1
+        known = self.draft.answers.gather(1, places.clamp(max=self.draft.answers.shape[1] - 1))
+        wrong = places % self.draft.miss_every == 0
+        tree.tokens.copy_(torch.where(wrong, (known + 1) % self.draft.vocabulary, known))
+        tree.tokens[:, 0] = root_tokens
+        tree.parents.copy_(chain - 1)
+        tree.depths.copy_(chain)
+        tree.ancestors.copy_(((2 << chain) - 1)[:, None])
+        tree.scores.zero_()
+        return tree

@@ -8,7 +8,8 @@ import torch
 import vispec
 from tests import tiny
 from tests.ops.conftest import REQUIRED
-from tests.replay import ReplayDraft
+from tests.replay import DeviceReplayDraft, ReplayDraft
+from vispec.decode.graph import LateEngine, Replayed
 
 pytestmark = pytest.mark.gpu
 
@@ -65,3 +66,69 @@ def test_a_seed_gives_the_cpus_tokens():
     draft = vispec.ViSpecDraft.for_target(family.model)
     actual = vispec.fast_generate(family.model, draft, on_gpu(inputs), **options)
     assert torch.equal(actual.cpu(), expected)
+
+
+def captured_rounds(monkeypatch) -> list[Replayed]:
+    """Every `Replayed` that is made from now on."""
+    made = []
+    start = Replayed.__init__
+    monkeypatch.setattr(Replayed, "__init__", lambda self, *args: (made.append(self), start(self, *args))[1])
+    return made
+
+
+@pytest.mark.parametrize("sampled", [False, True])
+@pytest.mark.parametrize("name", tiny.FAMILIES)
+def test_rounds_are_replayed_from_a_graph_with_the_same_tokens(name, sampled, monkeypatch):
+    family = tiny.build(name)
+    family.model.cuda()
+    prompts = [family.prompt(row % 2 if name in tiny.VISION_FAMILIES else 0, seed=10 + row) for row in range(2)]
+    batch = on_gpu(family.batch(prompts, "left"))
+    options = {"max_new_tokens": 40, **({"do_sample": True, "top_k": 20, "seed": 3} if sampled else {})}
+    answers = vispec.fast_generate(family.model, None, batch, graphs=False, **options)
+    true = DeviceReplayDraft(answers[:, batch["input_ids"].shape[1] :], tiny.VOCABULARY, miss_every=4)
+    for draft in (None, vispec.ViSpecDraft.for_target(family.model), true):
+        made = captured_rounds(monkeypatch)
+        assert torch.equal(vispec.fast_generate(family.model, draft, batch, **options), answers)
+        assert [replayed.captured for replayed in made] == [True]
+
+
+def test_a_replayed_round_never_waits_for_the_device(monkeypatch):
+    family = tiny.build("llava")
+    family.model.cuda()
+    inputs = on_gpu(family.prompt(1, seed=3))
+    replays = []
+    replay, step = torch.cuda.CUDAGraph.replay, LateEngine.step
+
+    def strict_replay(self):
+        replays.append(1)
+        torch.cuda.set_sync_debug_mode("error")
+        replay(self)
+
+    def strict_step(self):
+        try:
+            return step(self)
+        finally:
+            torch.cuda.set_sync_debug_mode("default")
+
+    monkeypatch.setattr(torch.cuda.CUDAGraph, "replay", strict_replay)
+    monkeypatch.setattr(LateEngine, "step", strict_step)
+    vispec.fast_generate(family.model, vispec.ViSpecDraft.for_target(family.model), inputs, max_new_tokens=24)
+    assert len(replays) > 10
+
+
+def test_a_model_that_cannot_be_captured_says_so_and_answers_the_same():
+    family = tiny.build("llama")
+    family.model.cuda()
+    inputs = on_gpu(family.prompt(0, seed=3))
+    expected = vispec.fast_generate(family.model, None, inputs, graphs=False, max_new_tokens=24)
+
+    def read_back(module, args, output):
+        args[0].sum().item()
+
+    handle = family.model.model.layers[0].register_forward_hook(read_back)
+    try:
+        with pytest.warns(UserWarning, match="cannot be captured"):
+            actual = vispec.fast_generate(family.model, None, inputs, max_new_tokens=24)
+    finally:
+        handle.remove()
+    assert torch.equal(actual, expected)

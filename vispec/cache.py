@@ -21,15 +21,19 @@ class KeyValueCache:
     The object is passed to Hugging Face decoders as ``past_key_values``: `update` and `get_seq_length` are all
     that they call when position ids and a four-dimensional mask come from outside.
 
+    After `fix` the lengths are the device's business alone: a pass then reads and masks the whole capacity, which is
+    what a CUDA graph can replay.
+
     Attributes:
-        lengths: [B] int64 on the device; `host_lengths` is the host's copy, so that nothing waits to read it.
+        lengths: [B] int64 on the device, changed in place; `host_lengths` is the host's copy, so that nothing waits to
+            read it, or None after `fix`.
     """
 
     def __init__(self, lengths: Tensor, keys: list[Tensor], values: list[Tensor]) -> None:
         self.keys = keys
         self.values = values
         self.lengths = lengths.clone()
-        self.host_lengths: list[int] = lengths.tolist()
+        self.host_lengths: list[int] | None = lengths.tolist()
         self._first = 0
         self._used = 0
         self._slots: Tensor | None = None
@@ -78,12 +82,15 @@ class KeyValueCache:
 
         Returns their slots, [B, T] int64.
         """
+        slots = self.lengths[:, None] + torch.arange(offset, offset + tokens, device=self.lengths.device)
+        if self.host_lengths is None:
+            self._first, self._used, self._slots = 0, self.capacity, slots
+            return slots
         longest = max(self.host_lengths)
         self._first = longest + offset
         self._used = self._first + tokens
         if self._used > self.capacity:
             self._grow(max(self._used + GROWTH_SLOTS, self.capacity * 3 // 2))
-        slots = self.lengths[:, None] + torch.arange(offset, offset + tokens, device=self.lengths.device)
         self._slots = None if min(self.host_lengths) == longest else slots
         return slots
 
@@ -115,17 +122,30 @@ class KeyValueCache:
         """Slots before the present pass in the longest row (Hugging Face's name)."""
         return self._first
 
-    def commit(self, path: Tensor, counts: Tensor, host_counts: list[int]) -> None:
+    def fix(self, capacity: int) -> None:
+        """From now on only the device knows the lengths, and `capacity` slots must do until `fix` is called again."""
+        if capacity > self.capacity:
+            self._grow(capacity)
+        self.host_lengths = None
+
+    def load(self, other: KeyValueCache) -> None:
+        """Takes over another cache's rows; this one must have at least its capacity."""
+        for mine, theirs in zip([*self.keys, *self.values], [*other.keys, *other.values], strict=True):
+            mine[:, :, : theirs.shape[2]] = theirs
+        self.lengths.copy_(other.lengths)
+
+    def commit(self, path: Tensor, counts: Tensor, host_counts: list[int] | None) -> None:
         """Moves the accepted nodes [B, D] of the last pass to the end of each row, then advances."""
         if path.shape[1] > 1:
             for stores, table in self._groups():
                 ops.commit(stores, path, counts, self.lengths, table=table)
         self.advance(counts, host_counts)
 
-    def advance(self, counts: Tensor, host_counts: list[int]) -> None:
-        """Makes the first `counts` [B] int64 slots behind each row permanent."""
-        self.lengths = self.lengths + counts
-        self.host_lengths = [length + count for length, count in zip(self.host_lengths, host_counts, strict=True)]
+    def advance(self, counts: Tensor, host_counts: list[int] | None) -> None:
+        """Makes the first `counts` [B] int64 slots behind each row permanent; `host_counts` as in `host_lengths`."""
+        self.lengths += counts
+        if self.host_lengths is not None:
+            self.host_lengths = [length + count for length, count in zip(self.host_lengths, host_counts, strict=True)]
 
     def _groups(self) -> list[tuple[list[Tensor], Tensor | None]]:
         """The tensors that one launch moves, and on a GPU the table of their addresses, made once."""

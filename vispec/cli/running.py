@@ -55,6 +55,7 @@ class Answer:
                 "draft": stats.draft_seconds,
                 "verify": stats.verify_seconds,
                 "accept": stats.accept_seconds,
+                "replay": stats.replay_seconds,
             },
             "trees": [[word._asdict() for word in words] for words in self.rounds],
         }

@@ -9,10 +9,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from vispec.decode.graph import LateEngine
 from vispec.decode.round import Engine, RoundEvent
 from vispec.decode.stats import GenerationStats
 from vispec.decode.stopping import Transcript
-from vispec.drafts.base import Draft
+from vispec.drafts.base import Draft, FixedSession
 from vispec.ops import Sampling
 from vispec.targets import GenerationSettings, Target, load_target, resolve_settings, self_check
 from vispec.tree import TreeConfig
@@ -43,6 +44,7 @@ def fast_generate(
     seed: int | Sequence[int] | None = None,
     streamer: Any = None,
     on_round: Callable[[RoundEvent], None] | None = None,
+    graphs: bool | None = None,
     **options: Any,
 ) -> Tensor | GenerationResult:
     """Generates what `model.generate(**inputs, **options)` would, several tokens a pass.
@@ -61,6 +63,9 @@ def fast_generate(
             Default: drawn from torch's generator, one a row.
         streamer: a Hugging Face streamer; batch 1.
         on_round: called after every round with a `RoundEvent`.
+        graphs: keep a round's state on the device, replay each round as one CUDA graph and read its result one round
+            late. Default: on a CUDA device, where nothing needs the host in every round (logits processors,
+            `on_round`, a draft that runs on the host). On a CPU, True runs the same rounds call by call.
         **options: generation options by `generate`'s names (max_new_tokens, max_length, do_sample, temperature,
             top_k, top_p, min_p, eos_token_id, pad_token_id, repetition_penalty, stopping_criteria, ...);
             what is not given comes from the model's `generation_config`.
@@ -69,7 +74,7 @@ def fast_generate(
     Raises:
         ValueError: bad input, by name, before any work.
         FloatingPointError: logits that are not finite, with the round.
-    Notes: the host reads a few integers each round.
+    Notes: the host reads a few integers each round, one round late where `graphs` holds.
     Source: ViSpec (arXiv 2509.15235); tree of EAGLE-2 (arXiv 2406.16858).
     """
     target = load_target(model)
@@ -79,13 +84,18 @@ def fast_generate(
     inputs.setdefault("attention_mask", _inferred_mask(tokens, settings))
     tree = TreeConfig() if tree is None else tree
     _check_limits(target, draft, inputs, settings, tree, streamer)
+    late = _late(
+        graphs, target.device, {"logits processors": bool(settings.processors), "on_round": on_round is not None}
+    )
     sampling = _sampling(settings, seed, len(tokens), target)
     stats = GenerationStats()
     with torch.inference_mode(), target.session():
         self_check(target, inputs)
         with stats.timed("prefill"):
             prompt = target.prefill(inputs)
-        transcript = Transcript(prompt.tokens, prompt.lengths, settings.max_new_tokens, settings.criteria)
+        transcript = Transcript(
+            prompt.tokens, prompt.lengths, settings.max_new_tokens, settings.eos_token_ids, settings.criteria
+        )
         engine = Engine(
             target,
             prompt,
@@ -103,11 +113,26 @@ def fast_generate(
             with stats.timed("draft"):
                 engine.draft = draft.start(target, prompt, engine.roots, tree)
         del prompt
+        on_host = not isinstance(engine.draft, FixedSession | None)
+        late = late and _late(graphs, target.device, {f"a draft on the host ({type(draft).__name__})": on_host})
+        if late and not transcript.done:
+            engine = LateEngine(engine, tree, capture=target.device.type == "cuda")
         while not transcript.done:
             watch(engine.step())
         watch.end()
     sequences = transcript.sequences(tokens, settings.pad_token_id or 0)
     return GenerationResult(sequences, stats) if settings.return_dict else sequences
+
+
+def _late(graphs: bool | None, device: torch.device, hosts: Mapping[str, bool]) -> bool:
+    """Whether rounds run ahead of the host; `hosts` says what would need it in every round.
+
+    Raises ValueError where the caller asks for what cannot be.
+    """
+    found = [name for name, holds in hosts.items() if holds]
+    if graphs and found:
+        raise ValueError(f"fast_generate: graphs must not be True with {' and '.join(found)}")
+    return device.type == "cuda" and not found if graphs is None else graphs
 
 
 class _Watcher:
@@ -119,7 +144,9 @@ class _Watcher:
         if streamer is not None:
             streamer.put(prompt.cpu())
 
-    def __call__(self, event: RoundEvent) -> None:
+    def __call__(self, event: RoundEvent | None) -> None:
+        if event is None:
+            return
         if self._streamer is not None:
             for token in event.emitted[0]:
                 self._streamer.put(torch.tensor([token]))

@@ -27,17 +27,19 @@ class Verifier(Protocol):
 
 
 @dataclass
-class Accepted:
-    """What the target said of one tree: see `ops.accept` for the tensors."""
+class Outcome:
+    """What one round gave, on the device: see `ops.accept` for all but the tree and the features [B, T, C]."""
 
+    tree: DraftTree
+    features: Tensor | None
     path: Tensor
     emitted: Tensor
     counts: Tensor
-    host_emitted: list[list[int]]
+    status: Tensor
 
-    @property
-    def host_counts(self) -> list[int]:
-        return [len(tokens) for tokens in self.host_emitted]
+    def packed(self) -> Tensor:
+        """All that the host wants to know, [B, 2 + 2D] int64: status, count, emitted tokens, path."""
+        return torch.cat([self.status[:, None], self.counts[:, None], self.emitted, self.path], dim=1)
 
 
 @dataclass
@@ -86,38 +88,73 @@ class Engine:
         """
         last = torch.tensor([int(self.transcript.history(row)[-1]) for row in range(len(logits))])
         tree = DraftTree.root_only(last.to(self.roots.device))
-        accepted = self._accept(logits[:, None], tree, self.cache.lengths - 1)
-        self.roots = accepted.emitted[:, 0]
-        return RoundEvent(None, [[] for _ in accepted.host_emitted], accepted.host_emitted)
+        outcome = self._accept(logits[:, None], None, tree, self.cache.lengths - 1)
+        kept = self._take(outcome.packed().tolist())
+        self.roots.copy_(outcome.emitted[:, 0])
+        self.transcript.remaining -= outcome.counts
+        return RoundEvent(None, [[] for _ in kept], kept)
 
     def step(self) -> RoundEvent:
-        """Runs one round."""
-        stats = self.stats
-        with stats.timed("draft"):
-            tree = DraftTree.root_only(self.roots) if self.draft is None else self.draft.propose(self.roots)
-        with stats.timed("verify"):
-            logits, features = self.target.verify(tree, self.positions, self.cache)
-        with stats.timed("accept"):
-            accepted = self._accept(logits, tree, self.cache.lengths)
-            host_counts = accepted.host_counts
-            stats.rounds += 1
-            stats.accepted_per_round.extend(count - 1 for count in host_counts if count)
-            self.cache.commit(accepted.path, accepted.counts, host_counts)
-            self.positions = self.positions + accepted.counts
-            last = accepted.emitted.gather(1, (accepted.counts - 1).clamp(min=0)[:, None])[:, 0]
-            self.roots = torch.where(accepted.counts > 0, last, self.roots)
-            paths = [row[:count] for row, count in zip(accepted.path.tolist(), host_counts, strict=True)]
-        if self.draft is not None and not self.transcript.done:
-            with stats.timed("draft"):
-                width = max(host_counts)
-                nodes = accepted.path[:, :width].clamp(min=0)
-                picked = features.gather(1, nodes[:, :, None].expand(-1, -1, features.shape[-1]))
-                tokens = accepted.emitted[:, :width].clamp(min=0)
-                self.draft.commit(picked, tokens, accepted.counts, host_counts)
-        return RoundEvent(tree, paths, accepted.host_emitted)
+        """Runs one round and waits for what it gave."""
+        outcome = self.forward()
+        with self.stats.timed("accept"):
+            rows = outcome.packed().tolist()
+            kept, paths = self.read(rows)
+            host_counts = [len(tokens) for tokens in kept]
+            if host_counts != [values[1] for values in rows]:
+                # A stopping criterion cut what the op emitted.
+                outcome.counts = torch.tensor(host_counts, dtype=torch.int64, device=self.roots.device)
+        self.advance(outcome, host_counts)
+        return RoundEvent(outcome.tree, paths, kept)
 
-    def _accept(self, logits: Tensor, tree: DraftTree, lengths: Tensor) -> Accepted:
-        """Walks the tree and adds what it gave to the transcript, whose last token is the tree's root."""
+    def forward(self) -> Outcome:
+        """Proposes, verifies and accepts; nothing waits for the device, and no state but `finished` changes."""
+        with self.stats.timed("draft"):
+            tree = DraftTree.root_only(self.roots) if self.draft is None else self.draft.propose(self.roots)
+        with self.stats.timed("verify"):
+            logits, features = self.target.verify(tree, self.positions, self.cache)
+        with self.stats.timed("accept"):
+            return self._accept(logits, features, tree, self.cache.lengths)
+
+    def advance(self, outcome: Outcome, host_counts: list[int] | None) -> None:
+        """Commits a round's tokens, in place; `host_counts` where the host knows them, which saves empty work."""
+        counts = outcome.counts
+        with self.stats.timed("accept"):
+            self.cache.commit(outcome.path, counts, host_counts)
+            self.positions += counts
+            last = outcome.emitted.gather(1, (counts - 1).clamp(min=0)[:, None])[:, 0]
+            self.roots.copy_(torch.where(counts > 0, last, self.roots))
+            self.transcript.remaining -= counts
+        if self.draft is not None and (host_counts is None or not self.transcript.done):
+            with self.stats.timed("draft"):
+                width = outcome.path.shape[1] if host_counts is None else max(host_counts)
+                nodes = outcome.path[:, :width].clamp(min=0)
+                features = outcome.features
+                picked = features.gather(1, nodes[:, :, None].expand(-1, -1, features.shape[-1]))
+                self.draft.commit(picked, outcome.emitted[:, :width].clamp(min=0), counts, host_counts)
+
+    def read(self, rows: list[list[int]]) -> tuple[list[list[int]], list[list[int]]]:
+        """Notes a round's `packed` rows: returns the tokens that the transcript kept of each, and their nodes."""
+        kept = self._take(rows)
+        self.stats.rounds += 1
+        self.stats.accepted_per_round.extend(len(tokens) - 1 for tokens in kept if tokens)
+        depth = len(rows[0]) // 2 - 1
+        paths = [values[2 + depth : 2 + depth + len(tokens)] for values, tokens in zip(rows, kept, strict=True)]
+        return kept, paths
+
+    def _take(self, rows: list[list[int]]) -> list[list[int]]:
+        failed = [row for row, values in enumerate(rows) if values[0]]
+        if failed:
+            raise FloatingPointError(
+                f"fast_generate: logits are not finite in round {self.stats.rounds} (rows {failed}): "
+                "the model's weights or inputs hold NaN or infinity"
+            )
+        kept = self.transcript.extend([values[2 : 2 + values[1]] for values in rows])
+        self.stats.new_tokens += sum(len(tokens) for tokens in kept)
+        return kept
+
+    def _accept(self, logits: Tensor, features: Tensor | None, tree: DraftTree, lengths: Tensor) -> Outcome:
+        """Walks the tree; the transcript's last token is its root."""
         transcript = self.transcript
         batch, depth, device = len(lengths), tree.longest_path, lengths.device
         if self.processors:
@@ -139,16 +176,4 @@ class Engine:
             status=status,
             sampling=self.sampling,
         )
-        host = torch.cat([status[:, None], counts[:, None], emitted], dim=1).tolist()
-        failed = [row for row, values in enumerate(host) if values[0]]
-        if failed:
-            raise FloatingPointError(
-                f"fast_generate: logits are not finite in round {self.stats.rounds} (rows {failed}): "
-                "the model's weights or inputs hold NaN or infinity"
-            )
-        kept = transcript.extend([values[2 : 2 + values[1]] for values in host])
-        if [len(tokens) for tokens in kept] != [values[1] for values in host]:
-            counts = torch.tensor([len(tokens) for tokens in kept], dtype=torch.int64, device=device)
-        transcript.remaining = transcript.remaining - counts
-        self.stats.new_tokens += sum(len(tokens) for tokens in kept)
-        return Accepted(path, emitted, counts, kept)
+        return Outcome(tree, features, path, emitted, counts, status)

@@ -21,6 +21,7 @@ class GenerationStats:
         new_tokens: tokens emitted over all rows.
         prefill_seconds, draft_seconds, verify_seconds, accept_seconds: time of each phase; on a GPU the time until
             the host could go on, since kernels run behind it.
+        replay_seconds: time of the rounds that were replayed as CUDA graphs, whose phases cannot be told apart.
     """
 
     rounds: int = 0
@@ -30,6 +31,7 @@ class GenerationStats:
     draft_seconds: float = 0.0
     verify_seconds: float = 0.0
     accept_seconds: float = 0.0
+    replay_seconds: float = 0.0
 
     @property
     def tau(self) -> float:
@@ -44,7 +46,8 @@ class GenerationStats:
     @property
     def seconds(self) -> float:
         """Sum of all phases."""
-        return self.prefill_seconds + self.draft_seconds + self.verify_seconds + self.accept_seconds
+        rounds = self.draft_seconds + self.verify_seconds + self.accept_seconds + self.replay_seconds
+        return self.prefill_seconds + rounds
 
     @contextmanager
     def timed(self, phase: str) -> Iterator[None]:

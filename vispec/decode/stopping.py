@@ -15,17 +15,23 @@ class Transcript:
         remaining: [B] int64 on the device, tokens that each row may still emit.
     """
 
-    def __init__(self, tokens: Tensor, lengths: Tensor, max_new_tokens: int, criteria: list) -> None:
+    def __init__(
+        self, tokens: Tensor, lengths: Tensor, max_new_tokens: int, end_tokens: list[int], criteria: list
+    ) -> None:
         self.prompt = tokens
         self.prompt_lengths: list[int] = lengths.tolist()
         self.rows: list[list[int]] = [[] for _ in self.prompt_lengths]
         self.finished = torch.zeros_like(lengths)
         self.remaining = torch.full_like(lengths, max_new_tokens)
+        self._max_new_tokens = max_new_tokens
+        self._end_tokens = set(end_tokens)
         self._criteria = criteria
+        self._ended = [False] * len(self.rows)
 
     @property
     def done(self) -> bool:
-        return bool(self.finished.all())
+        """Whether every row has ended, as far as the host has read."""
+        return all(self._ended)
 
     def history(self, row: int) -> Tensor:
         """A row's tokens [n] int64, prompt first."""
@@ -35,17 +41,21 @@ class Transcript:
     def extend(self, emitted: list[list[int]]) -> list[list[int]]:
         """Adds what a round emitted, cut where a stopping criterion holds; returns what was kept.
 
-        A criterion is asked after every token, as plain generation would; a row that it ends emits no more.
+        A criterion is asked after every token, as plain generation would; a row that it ends emits no more, and what
+        a round that was already under way brings for it is dropped.
         """
         kept = []
         for row, tokens in enumerate(emitted):
-            taken = []
+            taken: list[int] = []
             for token in tokens:
+                if self._ended[row]:
+                    break
                 self.rows[row].append(token)
                 taken.append(token)
                 if self._criteria and self._stops(row):
                     self.finished[row] = 1
-                    break
+                    self._ended[row] = True
+                self._ended[row] |= token in self._end_tokens or len(self.rows[row]) == self._max_new_tokens
             kept.append(taken)
         return kept
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 from torch import Tensor
 
@@ -17,13 +17,22 @@ class DraftSession(Protocol):
     def propose(self, root_tokens: Tensor) -> DraftTree:
         """Proposes a tree for each row behind its root [B] int64, the last token that was emitted."""
 
-    def commit(self, features: Tensor, tokens: Tensor, counts: Tensor, host_counts: list[int]) -> None:
+    def commit(self, features: Tensor, tokens: Tensor, counts: Tensor, host_counts: list[int] | None) -> None:
         """Learns what a round committed.
 
         Shapes: `features` [B, M, C], the target's, of the committed nodes, root first; `tokens` [B, M] int64, the
         token that follows each of them; `counts` [B] int64, how many of the M hold (0: the row is finished);
-        `host_counts` the same on the host.
+        `host_counts` the same on the host, or None in a session that was fixed.
         """
+
+
+@runtime_checkable
+class FixedSession(DraftSession, Protocol):
+    """A session that can do without the host: its rounds then run in a CUDA graph."""
+
+    def fix(self, tokens: int) -> None:
+        """From now on nothing is read from the device or moved in memory, until `tokens` committed tokens are
+        exceeded or `fix` is called again."""
 
 
 class Draft(Protocol):

@@ -112,7 +112,12 @@ class ViSpecSession:
         self._positions = prompt.lengths.clone()
         self._constant = self.runtime.constant(torch.stack(visuals))
 
-    def commit(self, features: Tensor, tokens: Tensor, counts: Tensor, host_counts: list[int]) -> None:
+    def fix(self, tokens: int) -> None:
+        """See `FixedSession.fix`; the compressed sequence is never longer than the uncompressed one."""
+        levels = self.tree.depth * self.tree.top_k
+        self.cache.fix(tokens + max(levels, self.tree.longest_path))
+
+    def commit(self, features: Tensor, tokens: Tensor, counts: Tensor, host_counts: list[int] | None) -> None:
         """Runs the layer over the newly committed tokens; see `DraftSession.commit`."""
         batch, count = tokens.shape
         device = tokens.device
@@ -122,9 +127,9 @@ class ViSpecSession:
         positions = self._positions[:, None] + torch.arange(count, device=device)
         output = self.draft(hidden, positions, self.cache.mask(causal, hidden.dtype), self.cache)
         last = output[torch.arange(batch, device=device), (counts - 1).clamp(min=0)]
-        self._last = torch.where((counts > 0)[:, None], last, self._last)
+        self._last.copy_(torch.where((counts > 0)[:, None], last, self._last))
         self.cache.advance(counts, host_counts)
-        self._positions = self._positions + counts
+        self._positions += counts
 
     def propose(self, root_tokens: Tensor) -> DraftTree:
         """Grows the tree level by level; see `DraftSession.propose`. No loop runs over nodes."""
