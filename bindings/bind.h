@@ -42,5 +42,8 @@ inline void* stream_of(uintptr_t stream) { return reinterpret_cast<void*>(stream
 
 // One function a room of ops; each defines its ops in the module.
 void bind_round(py::module_& module);
+#if defined(VISPEC_HAS_KERNELS)
+void bind_layer(py::module_& module);
+#endif
 
 }  // namespace vispec::bindings

@@ -46,6 +46,9 @@ PYBIND11_MODULE(VISPEC_MODULE, module) {
   using py::arg;
   module.doc() = "Native ops of vispec; call them through vispec.ops, which checks the arguments.";
   bindings::bind_round(module);
+#if defined(VISPEC_HAS_KERNELS)
+  bindings::bind_layer(module);
+#endif
   module.def("build_info", build_info);
 #if !defined(VISPEC_EMULATED)
   module.def("set_num_threads", cpu::set_num_threads, arg("count"));

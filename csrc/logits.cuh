@@ -4,6 +4,7 @@
 #include <cstdint>
 
 #include "rt.h"
+#include "vectors.cuh"
 
 namespace vispec {
 
@@ -42,13 +43,7 @@ VS_DEVICE void for_each_column(const T* row, uint32_t begin, uint32_t end, F&& f
     const vs::Word16 word = vs::load_readonly(row + column);
     VS_UNROLL
     for (uint32_t j = 0; j < kVector; ++j) {
-      float value;
-      if constexpr (sizeof(T) == 4) {
-        value = vs::bit_cast<float>(word.v[j]);
-      } else {
-        value = vs::to_float(T{static_cast<uint16_t>(word.v[j / 2] >> (j % 2 * 16))});
-      }
-      f(value, column + j);
+      f(vs::to_float(kernels::vector_element<T>(word, j)), column + j);
     }
   }
 }

@@ -1,7 +1,8 @@
 // The contract of every native op: one plain struct of pointers and sizes, one function per backend.
 //
 // Dimension letters: B batch, R frontier rows, K top_k, N candidates, T tree nodes, D longest path (root
-// included), V vocabulary, W ancestor words (64 nodes each), G key-value heads, L cache slots, E end tokens.
+// included), V vocabulary, W ancestor words (64 nodes each), G key-value heads, L cache slots, E end tokens,
+// M rows, C hidden units, I units inside the MLP.
 // Integers are int64 throughout; strides are in elements; innermost dimensions are contiguous unless a
 // stride is given. An op allocates nothing that outlives it, never synchronises, and reads lengths, counts
 // and flags from memory, so that a CUDA graph can replay it. `stream` is a cudaStream_t (null on the CPU).
@@ -113,6 +114,34 @@ struct TreeAttention {
   void* stream;
 };
 
+// Root mean square norm over the last dimension, as Llama and Qwen have it. With a residual: hidden is added
+// to it first, and the sum is what is normalised. Every row is whole in registers before it is written:
+// `output` may be `hidden`.
+struct RmsNorm {
+  const void* hidden;                                     // [M, C] dtype
+  const void* weight;                                     // [C]
+  void* residual;                                         // [M, C] in and out, or null
+  void* output;                                           // [M, C]
+  int64_t hidden_stride, residual_stride, output_stride;  // elements
+  DType dtype;
+  float epsilon;
+  int64_t parity;  // nonzero: the normalised value is rounded to the dtype before the weight, as in the model
+  int64_t M, C;
+  void* stream;
+};
+
+// silu(gate) * up; `output` may be either of them.
+struct SiluMul {
+  const void* gate;                               // [M, I] dtype
+  const void* up;                                 // [M, I]
+  void* output;                                   // [M, I]
+  int64_t gate_stride, up_stride, output_stride;  // elements
+  DType dtype;
+  int64_t parity;  // nonzero: silu(gate) is rounded to the dtype before the product, as in the model
+  int64_t M, I;
+  void* stream;
+};
+
 namespace cpu {
 void grow_level(const GrowLevel&);
 void build_tree(const BuildTree&);
@@ -128,6 +157,8 @@ void accept(const Accept&);
 void commit(const Commit&);  // `tensors` lies in device memory
 int64_t tree_attention_workspace_bytes(const TreeAttention&);
 void tree_attention(const TreeAttention&);
+void rms_norm(const RmsNorm&);
+void silu_mul(const SiluMul&);
 }  // namespace cuda
 
 }  // namespace vispec

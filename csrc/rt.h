@@ -282,6 +282,14 @@ VS_DEVICE float divide(float a, float b) {  // correctly rounded, whatever the c
 #endif
 }
 
+VS_DEVICE float square_root(float x) {  // correctly rounded likewise
+#if defined(VISPEC_EMULATED)
+  return ::sqrtf(x);
+#else
+  return __fsqrt_rn(x);
+#endif
+}
+
 // ------------------------------------------------------------------------------------------ vector access
 
 template <typename Word>

@@ -159,12 +159,40 @@ void attend() {
     EXPECT(output[i] == 0x4000, static_cast<long long>(i));  // all values: 2
 }
 
+// In place, in a block of several warps and in one warp; all values 2: normalised they are 1.
+void normalise(int64_t C) {
+  constexpr int64_t M = 2;
+  Buffer<uint16_t> hidden(static_cast<size_t>(M * C), 0x3F80), weight(static_cast<size_t>(C), 0x4040),
+      residual(static_cast<size_t>(M * C), 0x3F80);
+  vispec::RmsNorm p{};
+  p.hidden = p.output = hidden.get(), p.weight = weight.get(), p.residual = residual.get();
+  p.hidden_stride = p.residual_stride = p.output_stride = C;
+  p.dtype = DType::bf16, p.parity = 1, p.M = M, p.C = C;
+  vispec::cuda::rms_norm(p);
+  for (size_t i = 0; i < hidden.size(); ++i)
+    EXPECT(residual[i] == 0x4000 && hidden[i] == 0x4040, static_cast<long long>(i));
+}
+
+void activate() {
+  constexpr int64_t M = 2, I = 20;
+  Buffer<float> gate(M * I, 0.0f), up(M * I, 3.0f);
+  vispec::SiluMul p{};
+  p.gate = gate.get(), p.up = p.output = up.get();
+  p.gate_stride = p.up_stride = p.output_stride = I;
+  p.dtype = DType::f32, p.M = M, p.I = I;
+  vispec::cuda::silu_mul(p);
+  for (size_t i = 0; i < up.size(); ++i) EXPECT(up[i] == 0.0f, static_cast<long long>(i));
+}
+
 }  // namespace
 
 int main() {
+  activate();
   attend();
   build();
   commit();
+  normalise(40);
+  normalise(1100);
   grow(DType::bf16, 0, 300);
   grow(DType::f32, 2, 90);
   grow(DType::f16, 1, 9000);  // more tied columns than the list holds

@@ -27,6 +27,8 @@ BUDGETS = {
     "commit_columns": 128,
     "grow_rows": 40,
     "grow_select": 40,
+    "rms_norm_rows": 64,
+    "silu_mul_rows": 64,
 }
 KERNELS = sorted(path.stem for path in (ROOT / "csrc").glob("*.cu"))
 

@@ -52,3 +52,29 @@ def depths_of(parents: Tensor) -> Tensor:
         for node in range(1, parents.shape[1]):
             depths[b, node] = depths[b, parents[b, node]] + 1
     return depths
+
+
+def poisoned_rows(values: Tensor, *, gap: int) -> Tensor:
+    """The same [M, C] values as rows of a larger buffer of NaN, `gap` elements before, between and after them."""
+    M, C = values.shape
+    buffer = torch.full((M * (C + gap) + gap,), torch.nan, dtype=values.dtype)
+    view = buffer.as_strided((M, C), (C + gap, 1), gap)
+    view.copy_(values)
+    return view
+
+
+def steps_apart(a: Tensor, b: Tensor) -> Tensor:
+    """How many representable numbers apart, element by element, for tensors of one 16-bit dtype; NaN equals NaN."""
+
+    def order(x: Tensor) -> Tensor:
+        bits = x.view(torch.int16).int()
+        return torch.where(bits < 0, -(bits & 0x7FFF), bits)
+
+    return torch.where(a.isnan() & b.isnan(), 0, (order(a) - order(b)).abs())
+
+
+def step_of(exact: Tensor, dtype: torch.dtype) -> Tensor:
+    """The distance between neighbouring numbers of `dtype` at float64 values."""
+    info = torch.finfo(dtype)
+    exponent = torch.frexp(exact.abs().clamp(min=info.tiny)).exponent - 1
+    return torch.ldexp(torch.full_like(exact, info.eps), exponent)

@@ -6,6 +6,8 @@ from vispec.ops.backend import use_backend
 from vispec.ops.build_tree import build_tree, build_tree_reference
 from vispec.ops.commit import commit, commit_reference, pointer_table
 from vispec.ops.grow_level import grow_level, grow_level_reference
+from vispec.ops.rms_norm import rms_norm, rms_norm_reference
+from vispec.ops.silu_mul import silu_mul, silu_mul_reference
 
 __all__ = [
     "Sampling",
@@ -19,5 +21,9 @@ __all__ = [
     "grow_level",
     "grow_level_reference",
     "pointer_table",
+    "rms_norm",
+    "rms_norm_reference",
+    "silu_mul",
+    "silu_mul_reference",
     "use_backend",
 ]

@@ -68,6 +68,21 @@ def check_logits(op: str, logits: Tensor, letters: str) -> tuple[int, int, int]:
     return B, rows, V
 
 
+def check_rows(op: str, name: str, tensor: Tensor, letters: str, like: Tensor) -> tuple[int, int]:
+    """Require two dimensions of floating-point numbers, the last one dense, with the dtype, shape and device of
+    `like`; return the sizes."""
+    if not isinstance(tensor, Tensor) or tensor.dtype not in LOGITS_DTYPES or tensor.dim() != 2:
+        raise ValueError(f"{op}: {name} must be float32, float16 or bfloat16 [{letters}], got {describe(tensor)}")
+    if tensor.dtype is not like.dtype or tensor.shape != like.shape:
+        raise ValueError(f"{op}: {name} must be [{letters}] = {describe(like)}, got {describe(tensor)}")
+    if tensor.device != like.device:
+        raise ValueError(f"{op}: {name} must be on {like.device} like the rest, got {tensor.device}")
+    rows, columns = tensor.shape
+    if columns > 1 and tensor.stride(1) != 1:
+        raise ValueError(f"{op}: the last dimension of {name} must be contiguous, got strides {tensor.stride()}")
+    return rows, columns
+
+
 def check_range(op: str, name: str, value: int, low: int, high: int) -> None:
     """Require low <= value <= high."""
     if not low <= value <= high:
