@@ -44,6 +44,7 @@ inline void* stream_of(uintptr_t stream) { return reinterpret_cast<void*>(stream
 void bind_round(py::module_& module);
 #if defined(VISPEC_HAS_KERNELS)
 void bind_layer(py::module_& module);
+void bind_attention(py::module_& module);
 #endif
 
 }  // namespace vispec::bindings

@@ -48,6 +48,7 @@ PYBIND11_MODULE(VISPEC_MODULE, module) {
   bindings::bind_round(module);
 #if defined(VISPEC_HAS_KERNELS)
   bindings::bind_layer(module);
+  bindings::bind_attention(module);
 #endif
   module.def("build_info", build_info);
 #if !defined(VISPEC_EMULATED)

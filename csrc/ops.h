@@ -96,7 +96,7 @@ struct Commit {
 
 // Attention of T tree nodes over a cache: a node sees all committed slots and the tail slots of its
 // ancestors. Query heads h of key-value head h / (H / G). The tail's keys and values already lie in the
-// cache. fp32 sums.
+// cache; slots that no node sees may hold anything. fp32 sums.
 struct TreeAttention {
   const void* queries;                                                 // [B, H, T, head] dtype f16 or bf16
   const void* keys;                                                    // [B, G, L, head]

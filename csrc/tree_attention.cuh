@@ -138,6 +138,22 @@ VS_DEVICE void multiply_values(float (&sums)[kHead / 8][4], const float (&weight
   }
 }
 
+// Values of tail slots that no row of the block sees become zeros: a stale slot may hold NaN.
+template <int kHead>
+VS_DEVICE void clear_unseen(uint16_t* values, const uint64_t* words, int W, const AttentionBlock& at,
+                            int64_t first) {
+  const int key = static_cast<int>(vs::thread_index()) % kKeys;
+  const int64_t slot = first + key, tail = slot - at.length;
+  if (tail < 0 || slot >= at.keys) return;
+  uint64_t seen = 0;
+  for (int row = 0; row < kRows; ++row) seen |= words[row * W + tail / 64] >> (tail % 64);
+  if ((seen & 1u) != 0) return;
+  for (int unit = static_cast<int>(vs::thread_index()) / kKeys; unit < kHead / 8;
+       unit += kAttentionThreads / kKeys) {
+    vs::store<vs::Word16>(values + key * kPitch<kHead> + unit * 8, {});
+  }
+}
+
 // Scores of keys that a row must not see become -inf. `words`: this row's ancestor words.
 VS_DEVICE void mask_row(float (&scores)[kKeys / 8][4], int half, const uint64_t* words,
                         const AttentionBlock& at, int64_t first) {
@@ -249,12 +265,16 @@ VS_KERNEL void VS_BOUNDS(kAttentionThreads, 1) attention_splits(TreeAttention p,
     vs::copy_commit();
     vs::copy_wait<1>();
     vs::sync_block();
+    const bool masked = (tile + 1) * kKeys > at.length;
+    if (masked) {
+      clear_unseen<kHead>(values + stage * kTile, words, W, at, tile * kKeys);
+      vs::sync_block();
+    }
     float scores[kKeys / 8][4];
     multiply_keys<T, kHead>(scores, queries, keys + stage * kTile);
     VS_UNROLL
     for (int half = 0; half < 2; ++half) {
-      if ((tile + 1) * kKeys > at.length)
-        mask_row(scores, half, words + (row + half * 8) * W, at, tile * kKeys);
+      if (masked) mask_row(scores, half, words + (row + half * 8) * W, at, tile * kKeys);
       soften_row<kHead>(scores, sums, half, scale, maximum[half], total[half]);
     }
     multiply_values<T, kHead>(sums, scores, values + stage * kTile);

@@ -53,12 +53,11 @@ def build(
     return path
 
 
-def build_cuda(program: str, folder: Path, *, kernels: Sequence[str] = ()) -> Path:
+def build_cuda(program: str, folder: Path) -> Path:
     """The same program for the GPU of this machine."""
     path = folder / f"cuda-{program}"
     options = ["-std=c++17", "-O2", "-arch=native", f"-I{ROOT / 'csrc'}"]
-    linked = [ROOT / "csrc" / name for name in kernels]
-    run([nvcc(), *options, HERE / f"{program}.cu", *linked, "-o", path])
+    run([nvcc(), *options, HERE / f"{program}.cu", "-o", path])
     return path
 
 

@@ -12,6 +12,8 @@ BARRIERS = [
     ("build_tree.cuh", "    node_of[c] = node;\n  }\n", "build_tree_rows"),
     ("accept.cuh", "  shares[thread] = sum;\n", "accept_choose"),
     ("accept_filter.cuh", "state[0] = state[1] = state[2] = 0;\n", "gather"),
+    ("tree_attention.cuh", "    vs::copy_wait<1>();\n", "attention_splits"),
+    ("tree_attention.cuh", "words, W, at, tile * kKeys);\n", "clear_unseen"),
 ]
 
 
@@ -30,7 +32,7 @@ def test_removed_barriers_are_races(folder, tmp_path):
         barrier = text.index("vs::sync_block();", start)
         assert not text[start:barrier].strip(), f"{function}: the place of its barrier has changed"
         (source / file).write_text(text[:barrier] + text[barrier + len("vs::sync_block();") :])
-    altered = {name: source / name for name in ("accept.cu", "build_tree.cu", "grow_level.cu")}
+    altered = {name: source / name for name in ("accept.cu", "build_tree.cu", "grow_level.cu", "tree_attention.cu")}
     program = programs.build("ops", "thread", folder, kernels=programs.KERNELS, altered=altered)
     done = programs.call(program, seed=1)
     assert done.returncode == 66, done.stderr

@@ -27,6 +27,21 @@ def check_tensor(
     like: Tensor,
 ) -> None:
     """Require dtype, shape, contiguity and the device of `like`; -1 in `shape`: any size."""
+    check_kind(op, name, tensor, dtype, letters, shape, like)
+    if not tensor.is_contiguous():
+        raise ValueError(f"{op}: {name} must be contiguous, got strides {tensor.stride()}")
+
+
+def check_kind(
+    op: str,
+    name: str,
+    tensor: Tensor,
+    dtype: torch.dtype,
+    letters: str,
+    shape: tuple[int, ...],
+    like: Tensor,
+) -> None:
+    """`check_tensor` for a tensor with any strides."""
     if (
         not isinstance(tensor, Tensor)
         or tensor.dtype is not dtype
@@ -39,8 +54,6 @@ def check_tensor(
         raise ValueError(f"{op}: {name} must be {kind} [{letters}]{known}, got {describe(tensor)}")
     if tensor.device != like.device:
         raise ValueError(f"{op}: {name} must be on {like.device} like the rest, got {tensor.device}")
-    if not tensor.is_contiguous():
-        raise ValueError(f"{op}: {name} must be contiguous, got strides {tensor.stride()}")
 
 
 def check_tensors(
