@@ -107,9 +107,10 @@ def test_a_text_only_target(tmp_path):
     assert fit(model, tokenizer, config).draft.config.num_queries == 2
 
 
-def test_a_resumed_run_is_bit_for_bit_the_unbroken_one(world, tmp_path, monkeypatch):
+@pytest.mark.parametrize("more", ({}, {"head_size": 40}), ids=str)
+def test_a_resumed_run_is_bit_for_bit_the_unbroken_one(world, tmp_path, monkeypatch, more):
     module = importlib.import_module("vispec.train.fit")
-    config = config_of(world, tmp_path / "unbroken", checkpoint_every=2, max_steps=7)
+    config = config_of(world, tmp_path / "unbroken", checkpoint_every=2, max_steps=7, **more)
     unbroken = fit(world.model, world.processor, config)
     save = module.save_checkpoint
 
@@ -249,7 +250,8 @@ def test_a_step_follows_the_mean_over_all_supervised_rows(world, tmp_path):
     """The gradient of micro-batches, before AdamW sees it, against one batch and one backward pass."""
     config = config_of(world, tmp_path / "out", max_steps=1, batch_size=10, micro_batch_size=3, clip_value=1e-3)
     target = load_target(world.model)
-    feed, draft = Feed(target, world.processor, config), starting_draft(config, target).requires_grad_(True)
+    feed = Feed(target, world.processor, config)
+    draft = starting_draft(config, target, feed.token_counts).requires_grad_(True)
     inputs, samples = feed.inputs(feed.chosen(1))
     reading = read_target(target, merge_inputs(inputs))
     rows = [supervised_rows(sample) for sample in samples]

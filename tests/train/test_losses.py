@@ -8,6 +8,7 @@ import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from vispec.drafts.head import DraftHead
 from vispec.train.losses import PARTS, STAGES, list_mle, summed_loss
 
 N, C, V = 37, 16, 53
@@ -74,6 +75,26 @@ def test_chunks_change_nothing_and_passes_add_up(stage, chunk):
     loss.backward()
     torch.testing.assert_close(actual.double(), expected.detach().double(), rtol=1e-4, atol=1e-4)
     torch.testing.assert_close(pieces.grad, whole.grad, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("stage", (1, 2))
+@pytest.mark.parametrize("bias", (False, True))
+def test_a_reduced_vocabulary_is_a_vocabulary_of_its_own(stage, bias):
+    """The target's distribution is the one over the picked tokens alone, and it sums to one there."""
+    predicted, wanted, head = case(bias=bias)
+    tokens = torch.tensor([1, 4, 5, 9, 17, 20, 21, 30, 31, 40, 52])
+    alone = torch.nn.Linear(C, len(tokens), bias=bias, dtype=predicted.dtype)
+    alone.weight.data = torch.stack([head.weight.data[token] for token in tokens])
+    if bias:
+        alone.bias.data = torch.stack([head.bias.data[token] for token in tokens])
+    picked, whole = predicted.clone().requires_grad_(), predicted.clone().requires_grad_()
+    loss, parts = summed_loss(stage, picked[None], wanted, DraftHead(head, tokens), chunk=8)
+    expected, expected_parts = summed_loss(stage, whole[None], wanted, alone, chunk=8)
+    (loss + expected).backward()
+    assert torch.equal(parts, expected_parts) and torch.equal(picked.grad, whole.grad)
+    assert not torch.allclose(parts, summed_loss(stage, predicted[None], wanted, head)[1])
+    everything = summed_loss(stage, predicted[None], wanted, DraftHead(head, torch.empty(0, dtype=torch.int64)))
+    assert torch.equal(everything[1], summed_loss(stage, predicted[None], wanted, head)[1])
 
 
 class Largest(TorchDispatchMode):

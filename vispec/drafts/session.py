@@ -11,6 +11,7 @@ from torch.nn.utils.rnn import pad_sequence
 
 from vispec import ops
 from vispec.cache import GROWTH_SLOTS, KeyValueCache
+from vispec.drafts.head import DraftHead
 from vispec.prompt import Prompt
 from vispec.tree import DraftTree, TreeConfig
 
@@ -38,11 +39,7 @@ class DraftRuntime:
         bias = through @ draft.img_fc.bias.float()
         self.input_bias = (bias if draft.fc.bias is None else bias + draft.fc.bias.float()).to(self.dtype)
         self.absorbed = None if draft.imadpt is None else draft.imadpt.absorbed_queries().to(self.dtype)
-        self.head_tokens = draft.head_tokens if draft.head_tokens.numel() else None
-        head_bias = getattr(target.head, "bias", None)
-        picked = slice(None) if self.head_tokens is None else self.head_tokens
-        self.head_weight = target.head.weight[picked]
-        self.head_bias = None if head_bias is None else head_bias[picked]
+        self.head = DraftHead(target.head, draft.head_tokens)
 
     def constant(self, visual: Tensor) -> Tensor:
         """What the global features [B, C] add to every later row, [B, 1, C]."""
@@ -51,10 +48,6 @@ class DraftRuntime:
     def rows(self, embeddings: Tensor, features: Tensor, constant: Tensor) -> Tensor:
         """Input rows of the layer, [B, M, C]."""
         return F.linear(torch.cat([embeddings, features], -1), self.input_weight) + constant
-
-    def head(self, hidden: Tensor) -> Tensor:
-        """Logits over the draft's vocabulary, [B, M, Vd]."""
-        return F.linear(hidden, self.head_weight, self.head_bias)
 
 
 class Frontier(NamedTuple):
@@ -196,6 +189,6 @@ class ViSpecSession:
             next_rows=following.rows,
             next_tokens=following.tokens,
             next_scores=following.scores,
-            head_tokens=self.runtime.head_tokens,
+            head_tokens=self.runtime.head.tokens,
         )
         return following

@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
+from torch import Tensor
 
 from vispec.drafts import ViSpecDraft, load_draft
 from vispec.targets import Target
@@ -85,15 +86,27 @@ def load_checkpoint(out: Path, draft: ViSpecDraft, optimizer: torch.optim.Optimi
                 f"fit: {name} must be {known.get(name)!r} as in {folder}, got {config.get(name)!r}: "
                 "a run is resumed with its own settings"
             )
-    draft.load_state_dict(load_file(folder / "draft.safetensors"))
+    tensors = load_file(folder / "draft.safetensors")
+    if not torch.equal(tensors["head_tokens"], draft.head_tokens.cpu()):
+        raise ValueError(f"fit: data must be as it was when {folder} was written, got answers with other token counts")
+    draft.load_state_dict(tensors)
     optimizer.load_state_dict(torch.load(folder / "optimizer.pt", map_location="cpu", weights_only=True))
     return int(state["step"])
 
 
-def starting_draft(config: FitConfig, target: Target) -> ViSpecDraft:
+def frequent_tokens(counts: Tensor, size: int) -> Tensor:
+    """The `size` token ids of the highest counts [V], in order of their ids; of equal counts the lower ids."""
+    order = counts.argsort(descending=True, stable=True)
+    return order[:size].sort().values
+
+
+def starting_draft(config: FitConfig, target: Target, counts: Tensor) -> ViSpecDraft:
     """The draft that training starts from, float32: fresh, or the config's own, with an adaptor where it had none.
 
-    Raises: ValueError for another number of queries, and for a draft with a reduced vocabulary.
+    Its vocabulary is the one it came with, or the `head_size` tokens that the answers hold most.
+
+    Shapes: `counts` [V] int64, how often each token occurs in the answers.
+    Raises: ValueError for another number of queries, and for a vocabulary of another size.
     """
     if config.draft is None:
         with torch.random.fork_rng():
@@ -110,12 +123,18 @@ def starting_draft(config: FitConfig, target: Target) -> ViSpecDraft:
             with torch.random.fork_rng():
                 torch.manual_seed(config.seed)
                 larger = ViSpecDraft(replace(draft.config, num_queries=config.num_queries))
+            larger.head_tokens = torch.empty_like(draft.head_tokens)
             larger.load_state_dict({**larger.state_dict(), **draft.state_dict()})
             draft = larger
-    if draft.head_tokens.numel():
-        raise ValueError(
-            f"fit: the draft must propose the whole vocabulary, got a head of {draft.head_tokens.numel()} tokens"
-        )
+    own = draft.head_tokens.numel()
+    if own and config.head_size not in (None, own):
+        raise ValueError(f"fit: head_size must be {own} as in {config.draft}, got {config.head_size}")
+    if config.head_size is not None and not own:
+        if config.head_size > target.vocabulary:
+            raise ValueError(f"fit: head_size must be at most {target.vocabulary}, got {config.head_size}")
+        draft.head_tokens = frequent_tokens(counts, config.head_size)
+    if config.export and draft.head_tokens.numel():
+        raise ValueError("fit: export must be false with a reduced vocabulary, which published checkpoints do not have")
     return draft.to(target.device, torch.float32).train()
 
 

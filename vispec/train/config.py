@@ -7,6 +7,8 @@ from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
 
+from vispec.tree import MAX_TOP_K
+
 # Learning rates of the published runs.
 LEARNING_RATES = {1: 3e-5, 2: 3e-6}
 USED_CONFIG = "training.json"
@@ -22,6 +24,8 @@ class FitConfig:
         stage: 1 (features, soft cross-entropy; no picture weights) or 2 (probabilities, self-rollout, pictures).
         draft: folder or hub id to start from; None: fresh weights.
         num_queries: adaptor queries of fresh weights; 0: no adaptor, as EAGLE.
+        head_size: the draft proposes only so many tokens, those that the answers hold most; None: the vocabulary of
+            `draft`, or the whole one.
         mtp_steps: passes on the draft's own output after the first one; None: 0 in stage 1, 1 in stage 2.
         epochs: times every sample is seen; `max_steps` ends sooner.
         batch_size: samples an optimizer step, over all processes and micro-batches.
@@ -49,6 +53,7 @@ class FitConfig:
     stage: int = 2
     draft: str | None = None
     num_queries: int = 2
+    head_size: int | None = None
     mtp_steps: int | None = None
     epochs: int = 20
     max_steps: int | None = None
@@ -77,7 +82,7 @@ class FitConfig:
         if self.stage not in LEARNING_RATES:
             raise ValueError(f"fit: stage must be 1 or 2, got {self.stage}")
         least = {"num_queries": 0, "max_length": 3, "clip_value": 0, "warmup_epochs": 0, "weight_decay": 0}
-        least |= {"mtp_steps": 0, "max_steps": 1, "seed": 0}
+        least |= {"mtp_steps": 0, "max_steps": 1, "seed": 0, "head_size": MAX_TOP_K}
         ones = ("epochs", "batch_size", "micro_batch_size", "loss_chunk", "log_every", "checkpoint_every")
         least |= dict.fromkeys((*ones, "keep_checkpoints"), 1)
         for name, bound in least.items():

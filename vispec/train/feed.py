@@ -29,6 +29,11 @@ def _mixed(*numbers: int) -> int:
     return random.Random("-".join(map(str, numbers))).getrandbits(63)
 
 
+def count_tokens(samples: list[Sample], vocabulary: int) -> Tensor:
+    """How often each token occurs in the answers, [V] int64."""
+    return torch.bincount(torch.tensor([token for one in samples for token in one.answer]), minlength=vocabulary)
+
+
 class Feed:
     """The usable samples of a data set in a fixed random order.
 
@@ -37,6 +42,7 @@ class Feed:
 
     Attributes:
         samples: those that can be trained on.
+        token_counts: [V] int64, how often each token occurs in the data set's answers.
         skipped: samples left out or cut, by reason.
         steps: optimizer steps of the whole run.
 
@@ -55,7 +61,10 @@ class Feed:
         self.skipped: Counter[str] = Counter()
         self._lines: list[str] = []
         self._unreadable: set[int] = set()
-        self.samples = self._usable(read_dataset(Path(config.data))[0])
+        samples = read_dataset(Path(config.data))[0]
+        # Of all answers, so that a picture that is gone changes no vocabulary.
+        self.token_counts = count_tokens(samples, target.vocabulary)
+        self.samples = self._usable(samples)
         self.steps_per_epoch = math.ceil(len(self.samples) / config.batch_size)
         total = config.epochs * self.steps_per_epoch
         self.steps = total if config.max_steps is None else min(total, config.max_steps)

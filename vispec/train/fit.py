@@ -14,6 +14,7 @@ from torch import Tensor
 
 import vispec
 from vispec.drafts import ViSpecDraft
+from vispec.drafts.head import DraftHead
 from vispec.targets import Target, load_target
 from vispec.train.checkpoint import (
     export_published,
@@ -90,7 +91,8 @@ class _Trainer:
         self.processes = processes
         self.out = Path(config.out)
         self.feed = Feed(target, processor, config)
-        self.draft = starting_draft(config, target)
+        self.draft = starting_draft(config, target, self.feed.token_counts)
+        self.head = DraftHead(target.head, self.draft.head_tokens)
         named = self.draft.named_parameters()
         trained = [p for name, p in named if config.stage == 2 or not name.startswith(PICTURE_PARTS)]
         self.draft.requires_grad_(False)
@@ -213,7 +215,7 @@ class _Trainer:
                 noises=noises,
                 checkpointed=config.gradient_checkpointing,
             )
-        loss, parts = summed_loss(config.stage, torch.stack(predicted), wanted, self.target.head, config.loss_chunk)
+        loss, parts = summed_loss(config.stage, torch.stack(predicted), wanted, self.head, config.loss_chunk)
         loss.backward()
         counts = [len(wanted), sum(reading.lengths), skipped, target_seconds]
         return torch.cat([parts.double().cpu(), torch.tensor(counts, dtype=torch.float64)])
@@ -229,6 +231,12 @@ class _Trainer:
         torch.nn.utils.clip_grad_value_(self.parameters, self.config.clip_value)
         return float(norm)
 
+    def _vocabulary(self) -> dict[str, Any]:
+        """What the draft may propose, and which share of the answers' tokens that is."""
+        counts, tokens = self.feed.token_counts, self.draft.head_tokens.cpu()
+        held = counts[tokens] if tokens.numel() else counts
+        return {"tokens": held.numel(), "share_of_answers": float(held.sum() / counts.sum())}
+
     def _checkpoint(self, number: int) -> None:
         if self.processes.first:
             config = self.config.as_dict()
@@ -243,6 +251,7 @@ class _Trainer:
             "vispec": vispec.__version__,
             "target": target_description(self.target),
             "dataset": dataset_totals(self.feed.manifest),
+            "vocabulary": self._vocabulary(),
             "steps": report.steps,
             "processes": self.processes.count,
             "last_loss": report.losses[-1] if report.losses else None,

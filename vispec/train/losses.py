@@ -14,6 +14,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from vispec.drafts.head import DraftHead
+
 RANKED_TOKENS = 10
 # Stage 1: SmoothL1 + 0.1 * (cross-entropy + 0.1 * ListMLE).
 TEXT_DISTRIBUTION_WEIGHT = 0.1
@@ -103,7 +105,7 @@ class _ChunkedLoss(torch.autograd.Function):
 
 
 def summed_loss(
-    stage: int, predicted: Tensor, wanted: Tensor, head: torch.nn.Module, chunk: int = 128
+    stage: int, predicted: Tensor, wanted: Tensor, head: torch.nn.Module | DraftHead, chunk: int = 128
 ) -> tuple[Tensor, Tensor]:
     """A stage's loss, summed over P passes and N positions, with its gradient; and the sums of its parts.
 
@@ -111,7 +113,12 @@ def summed_loss(
     loss is, so memory grows with chunk x V and not with N x V. Nothing flows into the head or the target's features.
     Divide by N for the mean over positions.
 
-    Shapes: `predicted` [P, N, C] and `wanted` [N, C], any float dtype; `head` the target's linear output layer.
+    With a reduced vocabulary the target's distribution is the one it would have over those tokens alone: a draft
+    cannot put probability elsewhere, and what counts is how it shares out the rest. A position whose own next token
+    lies outside still teaches that.
+
+    Shapes: `predicted` [P, N, C] and `wanted` [N, C], any float dtype; `head` the target's linear output layer, or
+    the part of it that the draft may propose from.
     Returns: the loss, a scalar, and its parts [4] in the order of `PARTS`, without a gradient; float32.
     Raises: ValueError for an unknown stage, other shapes, or a chunk below 1.
     """
