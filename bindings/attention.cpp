@@ -1,9 +1,61 @@
-// Attention over the cache, one short block an op.
+// Attention over the cache, one short block an op: rope_append, tree_attention.
 #include "bind.h"
 
 #if defined(VISPEC_HAS_KERNELS)
 namespace vispec::bindings {
 namespace {
+
+// The Python tuple of vispec.ops.Tail, in its order.
+Tail tail_of(const py::tuple& tail) {
+  const auto data = [&](const char* name, size_t i) {
+    return tail[i].is_none() ? nullptr : TensorView(name, tail[i]).data();
+  };
+  const TensorView keys("tail.keys", tail[0]), cosines("tail.cosines", tail[2]);
+  Tail op{};
+  op.keys = keys.data();
+  op.values = data("tail.values", 1);
+  op.batch_stride = keys.stride(0);
+  op.head_stride = keys.stride(1);
+  op.row_stride = keys.stride(2);
+  op.cosines = cosines.data();
+  op.sines = data("tail.sines", 3);
+  op.rotary = cosines.size(2);
+  op.query_bias = data("tail.query_bias", 4);
+  op.key_bias = data("tail.key_bias", 5);
+  op.value_bias = data("tail.value_bias", 6);
+  return op;
+}
+
+void rope_append(py::handle queries_, py::tuple tail, py::handle keys_, py::handle values, py::handle lengths,
+                 py::handle output_, int64_t offset, uintptr_t stream) {
+  const TensorView queries("queries", queries_), keys("keys", keys_), output("output", output_);
+  RopeAppend op{};
+  op.tail = tail_of(tail);
+  op.queries = queries.data();
+  op.output = output.data();
+  op.keys = keys.data();
+  op.values = TensorView("values", values).data();
+  op.query_batch_stride = queries.stride(0);
+  op.query_head_stride = queries.stride(1);
+  op.query_row_stride = queries.stride(2);
+  op.output_batch_stride = output.stride(0);
+  op.output_head_stride = output.stride(1);
+  op.output_row_stride = output.stride(2);
+  op.cache_batch_stride = keys.stride(0);
+  op.cache_head_stride = keys.stride(1);
+  op.cache_slot_stride = keys.stride(2);
+  op.dtype = queries.floating();
+  op.lengths = TensorView("lengths", lengths).int64s();
+  op.offset = offset;
+  op.B = queries.size(0);
+  op.H = queries.size(1);
+  op.G = keys.size(1);
+  op.T = queries.size(2);
+  op.L = keys.size(2);
+  op.head = queries.size(3);
+  op.stream = stream_of(stream);
+  run(cuda::rope_append, op);
+}
 
 void tree_attention(py::handle queries_, py::handle keys_, py::handle values, py::handle ancestors_,
                     py::handle lengths, py::handle output_, int64_t slots, float scale, py::handle workspace,
@@ -51,6 +103,8 @@ int64_t tree_attention_workspace_bytes(int64_t B, int64_t H, int64_t G, int64_t 
 
 void bind_attention(py::module_& module) {
   using py::arg;
+  module.def("rope_append", rope_append, arg("queries"), arg("tail"), arg("keys"), arg("values"),
+             arg("lengths"), py::kw_only(), arg("output"), arg("offset"), arg("stream"));
   module.def("tree_attention", tree_attention, arg("queries"), arg("keys"), arg("values"), arg("ancestors"),
              arg("lengths"), py::kw_only(), arg("output"), arg("slots"), arg("scale"), arg("workspace"),
              arg("stream"));

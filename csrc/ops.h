@@ -94,6 +94,36 @@ struct Commit {
   void* stream;
 };
 
+// Keys and values of T new tokens as the projections leave them, and their way into the cache: the bias is
+// added, then the first `rotary` columns of queries and keys are rotated (column c with column c + rotary /
+// 2), with every product and sum rounded to dtype as elementwise code in PyTorch rounds it.
+struct Tail {
+  const void* keys;                                // [B, G, T, head] dtype
+  const void* values;                              // [B, G, T, head]
+  int64_t batch_stride, head_stride, row_stride;   // of keys and values, elements
+  const void *cosines, *sines;                     // [B, T, rotary] each frequency twice
+  const void *query_bias, *key_bias, *value_bias;  // [H * head], [G * head], [G * head]; null: none
+  int64_t rotary;                                  // even, at most head
+};
+
+// Rotated queries written to `output`, rotated keys and values appended to the cache at slots lengths +
+// offset
+// + t, those beyond L dropped.
+struct RopeAppend {
+  Tail tail;
+  const void* queries;                                                 // [B, H, T, head] dtype
+  void* output;                                                        // [B, H, T, head]
+  void *keys, *values;                                                 // [B, G, L, head] the caches
+  int64_t query_batch_stride, query_head_stride, query_row_stride;     // elements
+  int64_t output_batch_stride, output_head_stride, output_row_stride;  // elements
+  int64_t cache_batch_stride, cache_head_stride, cache_slot_stride;    // of both caches
+  DType dtype;
+  const int64_t* lengths;  // [B] committed slots
+  int64_t offset;          // slots between the committed ones and the new tokens' own
+  int64_t B, H, G, T, L, head;
+  void* stream;
+};
+
 // Attention of T tree nodes over a cache: a node sees all committed slots and the tail slots of its
 // ancestors. Query heads h of key-value head h / (H / G). The tail's keys and values already lie in the
 // cache; slots that no node sees may hold anything. fp32 sums.
@@ -155,6 +185,7 @@ void grow_level(const GrowLevel&);
 void build_tree(const BuildTree&);
 void accept(const Accept&);
 void commit(const Commit&);  // `tensors` lies in device memory
+void rope_append(const RopeAppend&);
 int64_t tree_attention_workspace_bytes(const TreeAttention&);
 void tree_attention(const TreeAttention&);
 void rms_norm(const RmsNorm&);

@@ -274,6 +274,22 @@ VS_DEVICE float exp2_fast(float x) {
 #endif
 }
 
+// Products and sums that the compiler must not fuse, because each is rounded on its own.
+VS_DEVICE float multiply(float a, float b) {
+#if defined(VISPEC_EMULATED)
+  return a * b;
+#else
+  return __fmul_rn(a, b);
+#endif
+}
+VS_DEVICE float add(float a, float b) {
+#if defined(VISPEC_EMULATED)
+  return a + b;
+#else
+  return __fadd_rn(a, b);
+#endif
+}
+
 VS_DEVICE float divide(float a, float b) {  // correctly rounded, whatever the compiler's flags
 #if defined(VISPEC_EMULATED)
   return a / b;

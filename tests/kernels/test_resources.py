@@ -29,6 +29,7 @@ BUDGETS = {
     "grow_select": 40,
     "rms_norm_rows": 64,
     "silu_mul_rows": 64,
+    "rope_append_columns": 64,
 }
 KERNELS = sorted(path.stem for path in (ROOT / "csrc").glob("*.cu"))
 
