@@ -7,11 +7,12 @@ from vispec.ops.build_tree import build_tree, build_tree_reference
 from vispec.ops.commit import commit, commit_reference, pointer_table
 from vispec.ops.grow_level import grow_level, grow_level_reference
 from vispec.ops.rms_norm import rms_norm, rms_norm_reference
-from vispec.ops.silu_mul import silu_mul, silu_mul_reference
 from vispec.ops.rope_append import Tail, rope_append, rope_append_reference
-from vispec.ops.tree_attention import tree_attention, tree_attention_reference
+from vispec.ops.silu_mul import silu_mul, silu_mul_reference
+from vispec.ops.tree_attention import HEADS, tree_attention, tree_attention_reference
 
 __all__ = [
+    "HEADS",
     "Sampling",
     "Tail",
     "accept",
