@@ -62,8 +62,8 @@ void build_tree(py::handle root_tokens, py::handle candidate_tokens, py::handle 
 
 void accept(py::handle logits_, py::handle tokens, py::handle parents, py::handle lengths,
             py::handle end_tokens_, py::handle remaining, py::handle finished, py::handle path_,
-            py::handle emitted, py::handle counts, py::handle status, py::object sampling,
-            py::handle workspace, uintptr_t stream) {
+            py::handle emitted, py::handle counts, py::handle status, py::handle log_probabilities,
+            py::object sampling, py::handle workspace, uintptr_t stream) {
   const TensorView logits("logits", logits_), end_tokens("end_tokens", end_tokens_), path("path", path_);
   Accept op{};
   op.logits = logits.data();
@@ -89,6 +89,8 @@ void accept(py::handle logits_, py::handle tokens, py::handle parents, py::handl
   op.emitted = TensorView("emitted", emitted).int64s();
   op.counts = TensorView("counts", counts).int64s();
   op.status = TensorView("status", status).int64s();
+  if (!log_probabilities.is_none())
+    op.log_probabilities = TensorView("log_probabilities", log_probabilities).floats();
   op.B = logits.size(0);
   op.T = logits.size(1);
   op.V = logits.size(2);
@@ -155,7 +157,7 @@ void bind_round(py::module_& module) {
              arg("ancestors"), arg("scores"), arg("stream"));
   module.def("accept", accept, arg("logits"), arg("tokens"), arg("parents"), arg("lengths"), py::kw_only(),
              arg("end_tokens"), arg("remaining"), arg("finished"), arg("path"), arg("emitted"), arg("counts"),
-             arg("status"), arg("sampling"), arg("workspace"), arg("stream"));
+             arg("status"), arg("log_probabilities"), arg("sampling"), arg("workspace"), arg("stream"));
   module.def("accept_workspace_bytes", accept_workspace_bytes, arg("B"), arg("T"), arg("V"), arg("on_gpu"));
   module.def("commit", commit, arg("tensors"), arg("path"), arg("counts"), arg("lengths"), py::kw_only(),
              arg("table"), arg("stream"));

@@ -3,6 +3,7 @@
 
 #include "accept.cuh"
 #include "accept_filter.cuh"
+#include "accept_log_probabilities.cuh"
 
 namespace vispec::cuda {
 namespace {
@@ -27,6 +28,11 @@ void run(const Accept& p) {
   vs::launch("accept", kernels::accept_walk, {B, 1, 1}, kernels::kWalkThreads,
              vs::shared_bytes<int>(kernels::kWalkThreads / vs::kWarpSize) + words(1), p.stream, p, work,
              chunks);
+  if (p.log_probabilities != nullptr) {
+    vs::launch("accept", kernels::accept_log_probabilities<T>, {static_cast<unsigned>(p.D), B, 1},
+               kernels::kLogProbabilityThreads,
+               words(kernels::kLogProbabilityThreads / vs::kWarpSize) + words(1), p.stream, p, work, chunks);
+  }
 }
 
 }  // namespace

@@ -14,7 +14,6 @@ constexpr uint32_t kGrowThreads = 1024;
 constexpr uint32_t kGrowGroups = 128;  // of 8 threads; at least K of them, and few enough to rank by counting
 constexpr uint32_t kGrowList = 1024;
 constexpr float kLargest = 3.402823466e38f;
-constexpr float kLog2E = 1.44269504f;
 
 inline size_t grow_rows_shared_bytes() {
   return vs::shared_bytes<uint64_t>(kGrowGroups) + vs::shared_bytes<uint64_t>(kGrowList) +

@@ -8,6 +8,8 @@
 
 namespace vispec {
 
+constexpr float kLog2E = 1.44269504f;
+
 // Integers in the order of the floats (both zeros alike); NaN must be dealt with before.
 VS_DEVICE uint32_t order_key(float x) {
   const uint32_t bits = vs::bit_cast<uint32_t>(x + 0.0f);  // -0 + 0 = +0

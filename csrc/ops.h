@@ -76,6 +76,8 @@ struct Accept {
   int64_t* emitted;           // [B, D] token ids, -1 beyond counts
   int64_t* counts;            // [B] tokens emitted = nodes committed
   int64_t* status;            // [B] 0: fine, 1: logits that are not finite on the visited path
+  float* log_probabilities;   // [B, D] of each emitted token under the softmax of the raw logits, 0 beyond
+                              // counts; or null
   int64_t B, T, V, D, E;
   void* workspace;  // GPU only: see accept_workspace_bytes
   void* stream;

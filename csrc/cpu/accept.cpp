@@ -130,6 +130,15 @@ int64_t draw(const void* row, DType dtype, int64_t V, const Settings& settings, 
   return pick(s.weights, V, total, draw_uniform(settings.seed, position));
 }
 
+// Of a token whose logit is finite, in a row without NaN or +inf: before temperature and filters.
+float log_probability(const void* row, DType dtype, int64_t V, int64_t token) {
+  RowPart all, own;
+  all.top_k = own.top_k = 1;
+  rows().scan(row, dtype, 0, V, &all);
+  rows().scan(row, dtype, token, token + 1, &own);
+  return own.max - all.max - static_cast<float>(std::log(all.sum));
+}
+
 void walk(const Accept& op, int64_t b) {
   const int64_t* tokens = op.tokens + b * op.T;
   const int64_t* parents = op.parents + b * op.T;
@@ -137,6 +146,8 @@ void walk(const Accept& op, int64_t b) {
   int64_t* emitted = op.emitted + b * op.D;
   std::fill(path, path + op.D, -1);
   std::fill(emitted, emitted + op.D, -1);
+  float* scores = op.log_probabilities == nullptr ? nullptr : op.log_probabilities + b * op.D;
+  if (scores != nullptr) std::fill(scores, scores + op.D, 0.0f);
   op.counts[b] = op.status[b] = 0;
   if (op.finished[b] != 0) return;
   Settings settings = {};
@@ -151,9 +162,11 @@ void walk(const Accept& op, int64_t b) {
     if (token < 0) {
       std::fill(path, path + count, -1);
       std::fill(emitted, emitted + count, -1);
+      if (scores != nullptr) std::fill(scores, scores + count, 0.0f);
       op.status[b] = 1;
       return;
     }
+    if (scores != nullptr) scores[count] = log_probability(row, op.dtype, op.V, token);
     path[count] = node;
     emitted[count++] = token;
     ended = std::find(op.end_tokens, op.end_tokens + op.E, token) != op.end_tokens + op.E;

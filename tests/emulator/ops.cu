@@ -94,7 +94,7 @@ void accept(DType dtype, int kind, int64_t V, bool sample, int64_t top_k, float 
   Buffer<int64_t> tokens(B * T), parents(B * T), lengths(B, 7), ks(B, top_k), seeds(B, 5), ends(E, -5),
       remaining(B, 9);
   Buffer<int64_t> finished(B), path(B * D), emitted(B * D), counts(B), status(B);
-  Buffer<float> temperature(B, 0.7f), ps(B, top_p), least(B, 0.01f);
+  Buffer<float> temperature(B, 0.7f), ps(B, top_p), least(B, 0.01f), scores(B * D, 1.0f);
   for (size_t i = 0; i < B * T; ++i) parents[i] = static_cast<int64_t>(i % T) - 1;
   Buffer<uint64_t> workspace(static_cast<size_t>(vispec::cuda::accept_workspace_bytes(B, T, V)) / 8,
                              ~uint64_t{0});
@@ -110,10 +110,12 @@ void accept(DType dtype, int kind, int64_t V, bool sample, int64_t top_k, float 
   p.finished = finished.get();
   p.path = path.get(), p.emitted = emitted.get(), p.counts = counts.get(), p.status = status.get();
   p.B = B, p.T = T, p.V = V, p.D = D, p.E = E;
+  p.log_probabilities = scores.get();
   p.workspace = workspace.get();
   vispec::cuda::accept(p);
   for (size_t b = 0; b < B; ++b)
-    EXPECT(counts[b] >= 1 && counts[b] <= D && status[b] == 0, static_cast<long long>(b));
+    EXPECT(counts[b] >= 1 && counts[b] <= D && status[b] == 0 && scores[b * D] <= 0.0f,
+           static_cast<long long>(b));
 }
 
 void commit() {

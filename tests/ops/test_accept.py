@@ -9,7 +9,7 @@ import sys
 import pytest
 import torch
 
-from tests.ops.cases import DTYPES, INTEGER_POISON, depths_of, integers, random_tree, with_gaps
+from tests.ops.cases import DTYPES, INTEGER_POISON, depths_of, floats, integers, random_tree, with_gaps
 from vispec import _native
 from vispec.ops import Sampling, accept, accept_reference, use_backend
 
@@ -48,8 +48,10 @@ def check(
     remaining=None,
     finished=None,
     sampling=None,
+    log_probabilities=False,
 ):
-    """Run the backend and the reference: everything must be equal, sampled tokens too."""
+    """Run the backend and the reference: everything must be equal, sampled tokens too. Log-probabilities are
+    compared with float64, and must change nothing else."""
     B, T, _ = logits.shape
     D = int(depths_of(parents).max()) + 1 if D is None else D
     inputs = {
@@ -60,10 +62,27 @@ def check(
     lengths = torch.arange(B) * 7 + 3 if lengths is None else lengths
     expected = outputs(B, D, finished)
     accept_reference(logits, tokens, parents, lengths, **inputs, **expected)
-    got = backend.run(accept, logits, tokens, parents, lengths, **inputs, **outputs(B, D, finished))
+    asked = {"log_probabilities": floats(B, D)} if log_probabilities else {}
+    got = backend.run(accept, logits, tokens, parents, lengths, **inputs, **asked, **outputs(B, D, finished))
     for name in NAMES:
         assert torch.equal(got[name], expected[name]), (name, got[name], expected[name])
+    if log_probabilities:
+        check_log_probabilities(logits, got)
     return got
+
+
+def check_log_probabilities(logits, got) -> None:
+    """At most twice the error of torch's own float32 log-softmax, and one step of a float32; 0 beyond counts."""
+    B, D = got["path"].shape
+    for b in range(B):
+        count = int(got["counts"][b])
+        nodes, tokens = got["path"][b, :count], got["emitted"][b, :count, None]
+        rows, ours = logits[b, nodes], got["log_probabilities"][b]
+        exact = rows.double().log_softmax(-1).gather(1, tokens)[:, 0]
+        torchs = rows.float().log_softmax(-1).gather(1, tokens)[:, 0]
+        assert ours[count:].tolist() == [0.0] * (D - count)
+        allowed = 2 * (torchs - exact).abs() + 2.0**-23 * exact.abs().clamp(min=1)
+        assert bool(((ours[:count] - exact).abs() <= allowed).all()), (ours[:count], exact)
 
 
 def leaning(tokens, parents, V: int, generator, strength: float) -> torch.Tensor:
@@ -279,6 +298,62 @@ def test_no_disagreement_in_many_draws(backend, generator):
         check(backend, logits, no_tree, no_tree - 1, sampling=turned, lengths=lengths)
 
 
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(("B", "T", "V"), [(1, 1, 1), (3, 20, 7), (2, 9, 513), (1, 4, 32064), (1, 3, 151936)])
+def test_log_probabilities(backend, generator, dtype, B, T, V):
+    """Of the raw logits, whatever the temperature and the filters."""
+    tokens, parents = random_tree(B, T, V, generator)
+    logits = leaning(tokens, parents, V, generator, 3.0 if V < 1000 else 12.0).to(dtype)
+    greedy = check(backend, logits, tokens, parents, log_probabilities=True)
+    assert int(greedy["counts"].max()) > 1 or T == 1
+    for settings in ({"temperature": 1.7}, {"temperature": 0.4, "top_k": 3, "top_p": 0.8}):
+        sampling = sampling_of(B, **settings)
+        check(backend, with_gaps(logits), tokens, parents, D=9, sampling=sampling, log_probabilities=True)
+
+
+def test_log_probabilities_beyond_counts(backend):
+    """Finished rows, rows cut short and rows that failed half-way hold zeros behind what they emitted."""
+    logits, tokens, parents = chain(5, 6, 12)
+    logits[1] = torch.nan
+    logits[3, 3, 2] = torch.nan
+    logits[4, 5] = torch.nan  # not visited: the walk ends before
+    arguments = {"finished": torch.tensor([0, 1, 0, 0, 0]), "remaining": torch.tensor([9, 9, 2, 9, 4]), "D": 7}
+    got = check(backend, logits, tokens, parents, log_probabilities=True, **arguments)
+    assert got["counts"].tolist() == [6, 0, 2, 0, 4]
+    assert got["status"].tolist() == [0, 0, 0, 1, 0]
+    assert not got["log_probabilities"].isnan().any()
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_log_probabilities_of_extreme_rows(backend, dtype):
+    """Masked tokens, a sure one, an even row, the largest numbers: finite, or -inf where no float32 is lower."""
+    largest = torch.finfo(dtype).max
+    logits = torch.full((5, 1, 600), -torch.inf)
+    logits[0, 0, 599] = 3.0
+    logits[1, 0, [0, 300]] = torch.tensor([-30.0, 0.0])
+    logits[2] = 0.5
+    logits[3, 0, :2] = torch.tensor([-largest, largest])
+    logits[4, 0, :2] = -largest
+    tokens, parents = torch.zeros(5, 1, dtype=torch.int64), torch.full((5, 1), -1)
+    got = check(backend, logits.to(dtype), tokens, parents, log_probabilities=True)["log_probabilities"]
+    assert got[0].item() == 0.0 and got[3].item() == 0.0
+    # Drawn at a temperature that makes both likely, the lower one has no probability worth a float32.
+    seen = set()
+    for seed in range(12):
+        sampling = sampling_of(5, temperature=largest, seed=seed * 5)
+        arguments = {"emitted": integers(5, 1), "log_probabilities": floats(5, 1)}
+        arguments |= {name: integers(5) for name in ("counts", "status")} | {"path": integers(5, 1)}
+        arguments |= {"finished": torch.zeros(5).long(), "remaining": torch.ones(5).long()}
+        ends = integers(0)
+        drawn = backend.run(
+            accept, logits.to(dtype), tokens, parents, tokens[:, 0], end_tokens=ends, sampling=sampling, **arguments
+        )
+        assert not drawn["log_probabilities"].isnan().any()
+        if drawn["emitted"][3].item() == 0:
+            seen.add(drawn["log_probabilities"][3].item())
+    assert seen == {-131008.0 if dtype is torch.float16 else -torch.inf}
+
+
 def test_draws_depend_on_position_only(backend, generator):
     """The same logits and seed give the same tokens, whatever the tree and the neighbours."""
     V, D = 50, 6
@@ -308,7 +383,7 @@ def test_every_instruction_set(level):
     done = subprocess.run(probe, env=environment, capture_output=True, text=True, check=True)
     if done.stdout.strip() != level:
         pytest.skip(f"this machine has no {level}")
-    chosen = "native and (ties or float16 or settings or status or unusable or matches_reference)"
+    chosen = "native and (ties or float16 or log_probabilities or settings or status or unusable or matches_reference)"
     folder = os.path.dirname(__file__)
     tests = [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", "-k", chosen]
     done = subprocess.run([*tests, folder], env=environment, capture_output=True, text=True)
@@ -344,6 +419,10 @@ def valid() -> dict:
             r"logits must be .*, got int64 \[2, 3, 10\]",
         ),
         ({"end_tokens": torch.zeros(1)}, r"end_tokens must be int64 \[E\], got float32 \[1\]"),
+        (
+            {"log_probabilities": torch.zeros(2, 5)},
+            r"log_probabilities must be float32 \[B, D\] = \[2, 4\], got float32 \[2, 5\]",
+        ),
         ({"end_tokens": 7}, r"end_tokens must be int64 \[E\], got int 7"),
         ({"lengths": integers(3)}, r"lengths must be int64 \[B\] = \[2\], got int64 \[3\]"),
         ({"logits": torch.zeros(1, 1, 1).expand(2, 3, 1 << 19)}, r".*contiguous"),

@@ -41,6 +41,7 @@ def accept(
     counts: Tensor,
     status: Tensor,
     sampling: Sampling | None = None,
+    log_probabilities: Tensor | None = None,
 ) -> None:
     """Walk down the tree from the root: choose a token at the node, go to the child that carries
     it, or stop.
@@ -65,6 +66,11 @@ def accept(
         status: [B] 1: a visited row of logits holds NaN or +inf, or nothing above -inf, before or
             after the division by the temperature; such a row emits nothing and keeps its
             `finished`. Otherwise 0.
+        log_probabilities: [B, D] float32 or None: the log-probability of each emitted token, 0
+            beyond counts, so that a row's sum is that of all it emitted.
+
+    Units: natural log of the softmax of the raw logits at the visited node, before temperature and
+        filters.
 
     Returns:
         None; the destinations are written.
@@ -98,6 +104,8 @@ def accept(
     check_tensor(op, "emitted", emitted, torch.int64, "B, D", (B, D), like)
     check_tensors(op, {"counts": counts, "status": status}, torch.int64, "B", (B,), like)
     check_range(op, "D (longest path)", D, 1, 1 << 20)
+    if log_probabilities is not None:
+        check_tensor(op, "log_probabilities", log_probabilities, torch.float32, "B, D", (B, D), like)
     if sampling is not None:
         if not isinstance(sampling, Sampling):
             raise ValueError(f"{op}: sampling must be a Sampling or None, got {describe(sampling)}")
@@ -113,6 +121,7 @@ def accept(
         "emitted": emitted,
         "counts": counts,
         "status": status,
+        "log_probabilities": log_probabilities,
     }
     module = native_for(op, logits)
     if module is None:
@@ -146,6 +155,7 @@ def accept_reference(
     counts: Tensor,
     status: Tensor,
     sampling: Sampling | None = None,
+    log_probabilities: Tensor | None = None,
 ) -> None:
     """`accept` in plain PyTorch, on any device: the oracle. Chooses at every node, then walks."""
     if sampling is not None and not logits.is_cuda:
@@ -180,6 +190,10 @@ def accept_reference(
     emitted.masked_fill_(failed[:, None], -1)
     counts.masked_fill_(failed, 0)
     finished.masked_fill_(~failed & (ended | (counts >= remaining)), 1)
+    if log_probabilities is not None:
+        visited = logits[rows[:, None], path.clamp(min=0)].double().log_softmax(dim=-1)
+        chosen = visited.gather(-1, emitted.clamp(min=0)[:, :, None])[:, :, 0]
+        log_probabilities.copy_(torch.where(path < 0, 0, chosen))
 
 
 def _choices(logits: Tensor, positions: Tensor, sampling: Sampling | None) -> tuple[Tensor, Tensor]:
