@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import os
 import platform
+import shutil
 import subprocess
 from datetime import datetime, timezone
 from pathlib import Path
@@ -17,14 +19,19 @@ from vispec import ops
 
 
 def circumstances() -> dict[str, Any]:
-    """Commit, hardware and versions, for the head of a JSON record."""
+    """Commit, hardware and versions, for the head of a JSON record.
+
+    VISPEC_COMMIT names the commit where only a copy of the files is there; None: unknown.
+    """
+    changes = _git("status", "--porcelain", "--untracked-files=no")
     return {
-        "commit": _git("rev-parse", "HEAD"),
-        "uncommitted_changes": bool(_git("status", "--porcelain", "--untracked-files=no")),
+        "commit": _git("rev-parse", "HEAD") or os.environ.get("VISPEC_COMMIT"),
+        "uncommitted_changes": None if changes is None else bool(changes),
         "date": datetime.now(timezone.utc).strftime("%Y-%m-%d %H:%M UTC"),
         "cpu": _cpu_name(),
         "cpu_threads": torch.get_num_threads(),
         "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
+        "gpu_state": gpu_state(),
         "python": platform.python_version(),
         "torch": torch.__version__,
         "transformers": transformers.__version__,
@@ -33,9 +40,21 @@ def circumstances() -> dict[str, Any]:
     }
 
 
-def write(path: str | Path, name: str, rows: Any) -> None:
-    """Writes one record: {"benchmark", "circumstances", "rows"}."""
-    record = {"benchmark": name, "circumstances": circumstances(), "rows": rows}
+def gpu_state() -> dict[str, str] | None:
+    """Driver, clocks, temperature and power of the GPU at this moment, as nvidia-smi tells them; None without one."""
+    if not torch.cuda.is_available() or shutil.which("nvidia-smi") is None:
+        return None
+    names = ("driver_version", "clocks.sm", "clocks.max.sm", "clocks.mem", "temperature.gpu", "power.draw")
+    number = str(torch.cuda.current_device())
+    command = ["nvidia-smi", f"--id={number}", f"--query-gpu={','.join(names)}", "--format=csv,noheader"]
+    done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=30)
+    values = [value.strip() for value in done.stdout.strip().split(",")]
+    return dict(zip(names, values, strict=True)) if done.returncode == 0 and len(values) == len(names) else None
+
+
+def write(path: str | Path, name: str, rows: Any, **more: Any) -> None:
+    """Writes one record: {"benchmark", "circumstances", "rows"}, and what else is to be said of the run."""
+    record = {"benchmark": name, "circumstances": circumstances(), **more, "rows": rows}
     Path(path).parent.mkdir(parents=True, exist_ok=True)
     Path(path).write_text(json.dumps(record, indent=1) + "\n")
 

@@ -9,8 +9,12 @@ from __future__ import annotations
 import json
 import re
 import sys
+from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+
+from benchmarks.ops import CASES
 
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "benchmarks" / "results"
@@ -56,10 +60,66 @@ def memory(record: dict[str, Any]) -> list[str]:
     ]
 
 
-# Block name in the README: the record's file and how it is shown.
+KERNELS = list(dict.fromkeys(case.op for case in CASES))
+UNMEASURED = "Not yet measured."
+
+
+def kernels(record: dict[str, Any]) -> list[str]:
+    """Every case of every kernel: time, floor, and what the same work takes in other ways."""
+    lines = [
+        "| kernel | case | time | floor | over the floor | target on an H100 | other ways |",
+        "|---|---|---|---|---|---|---|",
+    ]
+    for kernel in KERNELS:
+        rows = [row for row in record["rows"] if row["op"] == kernel]
+        lines += [kernel_line(row) for row in rows] or [f"| `{kernel}` | not yet measured | | | | | |"]
+    ceilings = record["ceilings"]
+    return [
+        *lines,
+        "",
+        f"Floor: bytes at {ceilings['copy_gigabytes_per_second']:.0f} GB/s or matrix operations at "
+        f"{ceilings['matmul_teraflops']:.0f} TFLOP/s, both measured in the same run; a kernel that does nothing takes "
+        f"{ceilings['smallest_kernel_microseconds']:.1f} µs.",
+    ]
+
+
+def kernel_line(row: dict[str, Any]) -> str:
+    """One case."""
+    if "failed" in row:
+        return f"| `{row['op']}` | {row['case']} | failed | | | | |"
+    target = row["target_microseconds_h100"]
+    ways = [
+        f"{way['name']}: failed"
+        if "failed" in way
+        else f"{way['name']}: {way['microseconds']:.1f} µs ({way['microseconds'] / row['microseconds']:.1f}x)"
+        for way in row["baselines"]
+    ]
+    return (
+        f"| `{row['op']}` | {row['case']} | {row['microseconds']:.1f} µs | {row['floor_microseconds']:.1f} µs "
+        f"| {row['times_over_floor']:.1f}x | {'' if target is None else f'{target:g} µs'} | {'; '.join(ways)} |"
+    )
+
+
+def no_kernels() -> str:
+    """Every kernel's name, and that there is no figure."""
+    return "\n".join(["| kernel | |", "|---|---|", *(f"| `{kernel}` | not yet measured |" for kernel in KERNELS)])
+
+
+@dataclass(frozen=True)
+class Block:
+    """A marked block of the README."""
+
+    files: str
+    """Pattern of the records' names; one table a record."""
+    show: Callable[[dict[str, Any]], list[str]]
+    without: Callable[[], str] = lambda: UNMEASURED
+    """What the block holds where there is no record."""
+
+
 BLOCKS = {
-    "speed": ("generate_cpu.json", speed),
-    "memory": ("memory_cpu.json", memory),
+    "speed": Block("generate_cpu.json", speed),
+    "memory": Block("memory_cpu.json", memory),
+    "kernels": Block("ops_*.json", kernels, no_kernels),
 }
 
 
@@ -67,21 +127,20 @@ def source(record: dict[str, Any]) -> str:
     """One line that says where the figures come from."""
     about = record["circumstances"]
     hardware = about["gpu"] or f"{about['cpu']}, {about['cpu_threads']} threads"
+    driver = f"driver {about['gpu_state']['driver_version']}, " if about.get("gpu_state") else ""
+    changed = " with uncommitted changes" if about["uncommitted_changes"] else ""
     return (
-        f"Measured on {hardware}; torch {about['torch']}, transformers {about['transformers']}, "
-        f"commit {(about['commit'] or 'unknown')[:10]}."
+        f"Measured on {hardware}; {driver}torch {about['torch']}, transformers {about['transformers']}, "
+        f"commit {(about['commit'] or 'unknown')[:10]}{changed}."
     )
 
 
-def rendered(text: str) -> str:
+def rendered(text: str, results: Path = RESULTS) -> str:
     """The README with every marked block written anew."""
-    for name, (file, show) in BLOCKS.items():
-        path = RESULTS / file
-        if path.is_file():
-            record = json.loads(path.read_text())
-            body = "\n".join([*show(record), "", source(record)])
-        else:
-            body = "Not yet measured."
+    for name, block in BLOCKS.items():
+        records = [json.loads(path.read_text()) for path in sorted(results.glob(block.files))]
+        tables = ["\n".join([*block.show(record), "", source(record)]) for record in records]
+        body = "\n\n".join(tables) or block.without()
         pattern = re.compile(rf"(<!-- {name} -->\n).*?(\n<!-- /{name} -->)", re.DOTALL)
         if not pattern.search(text):
             raise SystemExit(f"tables: README.md must hold the block <!-- {name} --> ... <!-- /{name} -->")
