@@ -1,6 +1,7 @@
 """The native ops: each writes tensors its caller allocated, and has a reference beside it."""
 
 from vispec._native import build_info
+from vispec.ops import registered as _registered  # noqa: F401  (torch.compile learns of the ops)
 from vispec.ops.accept import Sampling, accept, accept_reference
 from vispec.ops.backend import use_backend
 from vispec.ops.build_tree import build_tree, build_tree_reference
