@@ -9,7 +9,7 @@ namespace {
 void grow_level(py::handle logits_, py::handle frontier_scores, py::handle frontier,
                 py::handle candidate_tokens_, py::handle candidate_scores, py::handle candidate_parents,
                 int64_t offset, py::handle next_frontier_, py::handle next_rows, py::handle next_tokens,
-                py::handle next_scores, py::handle head_tokens, uintptr_t stream) {
+                py::handle next_scores, py::handle head_tokens, py::handle workspace, uintptr_t stream) {
   const TensorView logits("logits", logits_), candidate_tokens("candidate_tokens", candidate_tokens_);
   const TensorView next_frontier("next_frontier", next_frontier_);
   GrowLevel op{};
@@ -33,8 +33,22 @@ void grow_level(py::handle logits_, py::handle frontier_scores, py::handle front
   op.K = next_frontier.size(1);
   op.N = candidate_tokens.size(1);
   op.offset = offset;
+  op.workspace = workspace.is_none() ? nullptr : TensorView("workspace", workspace).data();
   op.stream = stream_of(stream);
   run(VISPEC_DISPATCH(grow_level, logits.cuda()), op);
+}
+
+int64_t grow_level_workspace_bytes(int64_t B, int64_t R, int64_t V, int64_t K, bool on_gpu) {
+#if defined(VISPEC_EMULATED)
+  (void)on_gpu;
+  return cuda::grow_level_workspace_bytes(B, R, V, K);
+#elif defined(VISPEC_HAS_CUDA)
+  return on_gpu ? cuda::grow_level_workspace_bytes(B, R, V, K) : 0;
+#else
+  (void)B, (void)R, (void)V, (void)K;
+  require_cpu(on_gpu);
+  return 0;
+#endif
 }
 
 void build_tree(py::handle root_tokens, py::handle candidate_tokens, py::handle candidate_scores_,
@@ -151,7 +165,9 @@ void bind_round(py::module_& module) {
   module.def("grow_level", grow_level, arg("logits"), arg("frontier_scores"), arg("frontier"), py::kw_only(),
              arg("candidate_tokens"), arg("candidate_scores"), arg("candidate_parents"), arg("offset"),
              arg("next_frontier"), arg("next_rows"), arg("next_tokens"), arg("next_scores"),
-             arg("head_tokens"), arg("stream"));
+             arg("head_tokens"), arg("workspace"), arg("stream"));
+  module.def("grow_level_workspace_bytes", grow_level_workspace_bytes, arg("B"), arg("R"), arg("V"), arg("K"),
+             arg("on_gpu"));
   module.def("build_tree", build_tree, arg("root_tokens"), arg("candidate_tokens"), arg("candidate_scores"),
              arg("candidate_parents"), py::kw_only(), arg("tokens"), arg("parents"), arg("depths"),
              arg("ancestors"), arg("scores"), arg("stream"));

@@ -33,6 +33,7 @@ struct GrowLevel {
   int64_t* next_tokens;          // [B, K]
   float* next_scores;            // [B, K]
   int64_t B, R, V, K, N, offset;
+  void* workspace;  // GPU only: see grow_level_workspace_bytes
   void* stream;
 };
 
@@ -183,6 +184,7 @@ void commit(const Commit&);
 
 namespace cuda {
 int64_t accept_workspace_bytes(int64_t B, int64_t T, int64_t V);
+int64_t grow_level_workspace_bytes(int64_t B, int64_t R, int64_t V, int64_t K);
 void grow_level(const GrowLevel&);
 void build_tree(const BuildTree&);
 void accept(const Accept&);

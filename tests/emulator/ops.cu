@@ -63,6 +63,9 @@ void grow(DType dtype, int kind, int64_t V) {
   p.next_tokens = next.get();
   p.next_scores = next_scores.get();
   p.B = B, p.R = R, p.V = V, p.K = K, p.N = N, p.offset = 1;
+  Buffer<uint64_t> workspace(static_cast<size_t>(vispec::cuda::grow_level_workspace_bytes(B, R, V, K)) / 8,
+                             ~uint64_t{0});
+  p.workspace = workspace.get();
   vispec::cuda::grow_level(p);
   for (size_t i = 1; i < K; ++i) EXPECT(next_scores[i] <= next_scores[i - 1], static_cast<long long>(i));
 }
@@ -197,7 +200,7 @@ int main() {
   normalise(1100);
   grow(DType::bf16, 0, 300);
   grow(DType::f32, 2, 90);
-  grow(DType::f16, 1, 9000);  // more tied columns than the list holds
+  grow(DType::f16, 1, 9000);  // two chunks
   accept(DType::bf16, 0, 4200, false, 0, 1.0f);
   accept(DType::f16, 0, 60, true, 0, 1.0f);
   accept(DType::bf16, 1, 500, true, 20, 0.8f);

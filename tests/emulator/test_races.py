@@ -8,7 +8,7 @@ from tests.emulator import programs
 
 # File, what stands right before a barrier, and the function whose accesses it orders.
 BARRIERS = [
-    ("grow_level.cuh", "candidate_scores[first + i]), i);\n  }\n", "grow_select"),
+    ("grow_level.cuh", "ranks[child] = rank_key(order_key(score), child);\n    }\n", "grow_select"),
     ("build_tree.cuh", "    node_of[c] = node;\n  }\n", "build_tree_rows"),
     ("accept.cuh", "  shares[thread] = sum;\n", "accept_choose"),
     ("accept_filter.cuh", "state[0] = state[1] = state[2] = 0;\n", "gather"),

@@ -11,7 +11,7 @@ from vispec.ops.accept import Sampling
 
 CHUNK = 4096  # columns of a block of accept
 LIST = 2048  # tokens of one bin that accept_filter keeps in shared memory
-GROW_LIST = 1024  # columns above the threshold that grow_rows keeps
+GROW_CHUNK = 8192  # columns of a block of grow_level
 
 
 def grown(backend, logits: torch.Tensor, K: int) -> dict:
@@ -97,16 +97,57 @@ def test_weightless_tokens_are_never_drawn(kernels, oracle):
         assert (got["emitted"][:, 0] % 50 == 0).all()
 
 
-@pytest.mark.parametrize("K", [1, 16, 40])
-def test_more_columns_than_the_list_above_the_threshold(kernels, oracle, K):
-    """The best columns all read by a few threads: the K passes over the row take over."""
-    V = 40000
-    logits = torch.linspace(-9, -8, V).repeat(2, 2, 1)
-    column = torch.arange(V)
-    few = column // 4 % 1024 < 8  # float32: thread (column / 4) mod 1024
-    logits[:, :, few] += 12
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+@pytest.mark.parametrize("K", [1, 16, 64])
+def test_all_good_columns_read_by_few_threads(kernels, oracle, dtype, K):
+    """As many columns above the threshold as there can be: all of K - 1 groups of four threads, one of another."""
+    column = torch.arange(GROW_CHUNK)
+    group = column // (16 // dtype.itemsize) % 512 // 4
+    logits = torch.where(group < K - 1, 2.0, -1.0).to(dtype).repeat(2, 2, 1)
+    logits[:, :, (group == K - 1).nonzero()[0]] = 1.0
     logits[1] = 0.5  # all tied
     same(grown(kernels, logits, K), grown(oracle, logits, K))
+    buffer = torch.full((4 * GROW_CHUNK + 4,), torch.nan, dtype=dtype)
+    apart = buffer.as_strided(logits.shape, (2 * GROW_CHUNK + 1, GROW_CHUNK + 1, 1), 1)  # columns beside the vectors
+    apart.copy_(logits)
+    same(grown(kernels, apart, K), grown(oracle, apart, K))
+
+
+@pytest.mark.parametrize("V", [GROW_CHUNK - 1, GROW_CHUNK, GROW_CHUNK + 1, GROW_CHUNK + 15, 3 * GROW_CHUNK])
+def test_the_best_lie_at_the_edges_of_chunks(kernels, oracle, V):
+    """Tied columns on both sides of each boundary, and a last chunk with fewer columns than K."""
+    edges = [c + i for c in range(0, V + 1, GROW_CHUNK) for i in (-2, -1, 0, 1)]
+    columns = torch.tensor([column for column in edges if 0 <= column < V])
+    logits = torch.full((1, 3, V), -8.0)
+    logits[0, 0, columns] = 1.0
+    logits[0, 1, columns] = torch.arange(len(columns)) % 2 / 2
+    logits[0, 2] = -torch.inf
+    got = grown(kernels, logits, 16)
+    same(got, grown(oracle, logits, 16))
+    assert got["candidate_tokens"][0, : len(columns)].tolist() == columns.tolist()[:16]
+
+
+@pytest.mark.parametrize(("R", "V", "K"), [(23, 20000, 64), (1, 300_000, 40), (70, 8300, 16)])
+def test_more_entries_than_the_merge_takes_at_once(kernels, oracle, R, V, K):
+    """Several turns over the frontier rows, one row that alone holds more, and the larger chunks of a wide row."""
+    generator = torch.Generator().manual_seed(V)
+    logits = torch.randn(1, R, V, generator=generator).half()
+    same(grown(kernels, logits, K), grown(oracle, logits, K))
+
+
+def test_a_row_grows_alike_in_every_batch(kernels):
+    """Chunks and the order in which they are merged depend on V alone: the same bits beside any other rows."""
+    generator = torch.Generator().manual_seed(3)
+    logits = torch.randn(3, 5, 33_000, generator=generator).bfloat16() * 3
+    together = grown(kernels, logits, 8)["candidate_scores"].view(3, 5, 8)
+    for b in range(3):
+        alone = grown(kernels, logits[b : b + 1, :1], 8)["candidate_scores"]
+        assert torch.equal(alone[0], together[b, 0])
+
+
+def test_vocabulary_limit_of_grow_level(kernels):
+    with pytest.raises(ValueError, match="grow_level: .*V at most 524287, .*got K=2, V=524288"):
+        grown(kernels, torch.zeros(1, 1, 1 << 19, dtype=torch.float16), 2)
 
 
 @pytest.mark.parametrize("V", [16, 17, 63, 129, 1025])

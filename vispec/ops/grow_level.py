@@ -48,7 +48,8 @@ def grow_level(
         None; the destinations are written.
 
     Raises:
-        ValueError: a dtype, shape, device or stride that does not fit, K > V, or a level beyond N.
+        ValueError: a dtype, shape, device or stride that does not fit, K > V, or a level beyond N;
+            on a GPU also V above 524287, or R * K above 16384.
 
     Notes:
         Ties: within a row by logit, then lower column; across rows by score, then lower child
@@ -77,20 +78,21 @@ def grow_level(
     check_range(op, "offset", offset, 0, N - R * K)
 
     module = native_for(op, logits)
-    run = grow_level_reference if module is None else _native(module)
-    run(
+    places = {**lists, "candidate_scores": candidate_scores, **chosen, "next_scores": next_scores}
+    if module is None:
+        grow_level_reference(logits, frontier_scores, frontier, offset=offset, head_tokens=head_tokens, **places)
+        return
+    needed = module.grow_level_workspace_bytes(B, R, V, K, logits.is_cuda)
+    workspace = torch.empty(needed, dtype=torch.uint8, device=logits.device) if needed else None
+    module.grow_level(
         logits,
         frontier_scores,
         frontier,
-        candidate_tokens=candidate_tokens,
-        candidate_scores=candidate_scores,
-        candidate_parents=candidate_parents,
         offset=offset,
-        next_frontier=next_frontier,
-        next_rows=next_rows,
-        next_tokens=next_tokens,
-        next_scores=next_scores,
         head_tokens=head_tokens,
+        workspace=workspace,
+        stream=stream_of(logits),
+        **places,
     )
 
 
@@ -132,10 +134,3 @@ def grow_level_reference(
     next_rows.copy_(children // K)
     next_tokens.copy_(tokens.gather(1, children))
     next_scores.copy_(scores.gather(1, children))
-
-
-def _native(module):
-    def run(logits, frontier_scores, frontier, **tensors):
-        module.grow_level(logits, frontier_scores, frontier, stream=stream_of(logits), **tensors)
-
-    return run
