@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from tests.ops.cases import floats, integers
-from vispec.ops import accept, build_tree, commit, grow_level
+from vispec.ops import accept, build_tree, commit, grow_level, tree_attention
 from vispec.ops.accept import Sampling
 
 CHUNK = 4096  # columns of a block of accept
@@ -184,3 +184,15 @@ def test_paths_longer_than_a_batch(kernels, oracle, count, head):
     got, want = (side.run(commit, tensors, path, counts, lengths) for side in (kernels, oracle))
     for ours, theirs in zip(got["positional"][0], want["positional"][0], strict=True):
         assert torch.equal(ours, theirs)
+
+
+def test_runs_of_keys_merge_in_ascending_order(kernels):
+    """Three runs of 256 keys of equal weight with the values 2^24, 1 and -2^24: the 1 is lost beside the first alone."""
+    L, D = 768, 64
+    queries, keys = torch.zeros(1, 1, 1, D, dtype=torch.bfloat16), torch.zeros(1, 1, L, D, dtype=torch.bfloat16)
+    values, output = torch.zeros_like(keys), torch.full_like(queries, torch.nan)
+    values[0, 0, [0, 300, 600], 0] = torch.tensor([2.0**24, 1.0, -(2.0**24)], dtype=torch.bfloat16)
+    values[0, 0, 300, 1] = 768.0  # another column: all runs are there
+    ancestors, lengths = torch.ones(1, 1, 1, dtype=torch.int64), torch.tensor([L - 1])
+    found = kernels.run(tree_attention, queries, keys, values, ancestors, lengths, output=output, scale=1.0)
+    assert found["output"].flatten()[:2].tolist() == [0.0, 1.0]

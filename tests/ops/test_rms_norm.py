@@ -40,7 +40,7 @@ def run(backend, hidden, weight, *, residual=None, gap=0, epsilon=1e-6, parity=T
         hidden = poisoned_rows(hidden, gap=gap)
         weight = torch.cat([weight.new_full((1,), torch.nan), weight])[1:]
         residual = None if residual is None else poisoned_rows(residual, gap=gap)
-    buffer = torch.full((M * (C + gap) + gap,), poison, dtype=hidden.dtype)
+    buffer = torch.full(((M + 4) * (C + gap) + gap,), poison, dtype=hidden.dtype)
     got = backend.run(call, hidden, weight, buffer=buffer, residual=residual)
     rows = got["buffer"].as_strided((M, C), (C + gap, 1), gap)
     result = {"output": rows.clone(), "residual": got.get("residual")}

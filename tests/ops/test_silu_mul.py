@@ -22,7 +22,7 @@ def run(backend, gate, up, *, gap=0, parity=True) -> torch.Tensor:
 
     if gap:
         gate, up = poisoned_rows(gate, gap=gap), poisoned_rows(up, gap=2 * gap)
-    buffer = torch.full((M * (C + gap) + gap,), poison, dtype=gate.dtype)
+    buffer = torch.full(((M + 4) * (C + gap) + gap,), poison, dtype=gate.dtype)
     got = backend.run(call, gate, up, buffer=buffer)
     rows = got["buffer"].as_strided((M, C), (C + gap, 1), gap)
     result = rows.clone()
