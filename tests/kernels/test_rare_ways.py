@@ -127,7 +127,7 @@ def test_the_best_lie_at_the_edges_of_chunks(kernels, oracle, V):
     assert got["candidate_tokens"][0, : len(columns)].tolist() == columns.tolist()[:16]
 
 
-@pytest.mark.parametrize(("R", "V", "K"), [(23, 20000, 64), (1, 300_000, 40), (70, 8300, 16)])
+@pytest.mark.parametrize(("R", "V", "K"), [(23, 20000, 64), (1, 300_000, 40), (1, 262_144, 5), (70, 8300, 16)])
 def test_more_entries_than_the_merge_takes_at_once(kernels, oracle, R, V, K):
     """Several turns over the frontier rows, one row that alone holds more, and the larger chunks of a wide row."""
     generator = torch.Generator().manual_seed(V)
@@ -143,6 +143,16 @@ def test_a_row_grows_alike_in_every_batch(kernels):
     for b in range(3):
         alone = grown(kernels, logits[b : b + 1, :1], 8)["candidate_scores"]
         assert torch.equal(alone[0], together[b, 0])
+
+
+@pytest.mark.parametrize("other", [5, GROW_CHUNK + 5, 2 * GROW_CHUNK + 5])
+def test_a_nearly_sure_token_is_not_quite_sure(kernels, other):
+    """What the rest of a row adds is not lost beside 1, in the best column's chunk or in another."""
+    logits = torch.full((1, 1, 3 * GROW_CHUNK), -torch.inf)
+    logits[0, 0, [GROW_CHUNK, other]] = torch.tensor([0.0, -20.0])
+    scores = grown(kernels, logits, 2)["candidate_scores"][0].double()
+    exact = torch.tensor([0.0, -20.0]).double() - torch.tensor(-20.0).double().exp().log1p()
+    torch.testing.assert_close(scores, exact, rtol=1e-6, atol=0)
 
 
 def test_vocabulary_limit_of_grow_level(kernels):
