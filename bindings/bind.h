@@ -45,6 +45,7 @@ void bind_round(py::module_& module);
 #if defined(VISPEC_HAS_KERNELS)
 void bind_layer(py::module_& module);
 void bind_attention(py::module_& module);
+void bind_prefill(py::module_& module);
 #endif
 
 }  // namespace vispec::bindings

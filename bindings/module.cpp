@@ -49,6 +49,7 @@ PYBIND11_MODULE(VISPEC_MODULE, module) {
 #if defined(VISPEC_HAS_KERNELS)
   bindings::bind_layer(module);
   bindings::bind_attention(module);
+  bindings::bind_prefill(module);
 #endif
   module.def("build_info", build_info);
 #if !defined(VISPEC_EMULATED)

@@ -3,6 +3,8 @@
 // Dimension letters: B batch, R frontier rows, K top_k, N candidates, T tree nodes, D longest path (root
 // included), V vocabulary, W ancestor words (64 nodes each), G key-value heads, L cache slots, E end tokens,
 // M rows, C hidden units, I units inside the MLP.
+// included), V vocabulary, W ancestor words (64 nodes each), G key-value heads, L cache slots, E end tokens;
+// in adaptor N image rows, C hidden units, R queries, P spans.
 // Integers are int64 throughout; strides are in elements; innermost dimensions are contiguous unless a
 // stride is given. An op allocates nothing that outlives it, never synchronises, and reads lengths, counts
 // and flags from memory, so that a CUDA graph can replay it. `stream` is a cudaStream_t (null on the CPU).
@@ -172,6 +174,19 @@ struct SiluMul {
   DType dtype;
   int64_t parity;  // nonzero: silu(gate) is rounded to the dtype before the product, as in the model
   int64_t M, I;
+// A vision adaptor's attention over the image rows of P spans, which are keys and values at once:
+// output[p, r] = softmax over j of (queries[r] . rows[j]), times rows, over the rows j of span p. fp32 sums.
+struct Adaptor {
+  const void* queries;       // [R, C] dtype f16 or bf16, folded with the key projection and scaled
+  const void* rows;          // [N, C] those outside every span may hold anything
+  int64_t query_row_stride;  // elements, a multiple of 8
+  int64_t row_stride;        // elements, a multiple of 8
+  const int64_t* starts;     // [P] first row of each span
+  const int64_t* lengths;    // [P] rows of each span; 0: zeros in output
+  void* output;              // [P, R, C] dtype
+  DType dtype;
+  int64_t N, C, R, P;  // C a multiple of 8
+  void* workspace;     // see adaptor_workspace_bytes
   void* stream;
 };
 
@@ -194,6 +209,8 @@ int64_t tree_attention_workspace_bytes(const TreeAttention&);
 void tree_attention(const TreeAttention&);
 void rms_norm(const RmsNorm&);
 void silu_mul(const SiluMul&);
+int64_t adaptor_workspace_bytes(int64_t N, int64_t C, int64_t R, int64_t P);
+void adaptor(const Adaptor&);
 }  // namespace cuda
 
 }  // namespace vispec

@@ -189,11 +189,33 @@ void activate() {
   for (size_t i = 0; i < up.size(); ++i) EXPECT(up[i] == 0.0f, static_cast<long long>(i));
 }
 
+// Overlapping spans over two blocks of columns: each worker's run has more stages than the pipeline holds.
+void compress() {
+  constexpr int64_t N = 145, C = 264, R = 9, P = 3;
+  Buffer<uint16_t> queries(R * C), rows(N * C, 0x7FFF), output(P * R * C);
+  for (size_t i = 2 * C; i < 141 * C; ++i) rows[i] = 0x4000;
+  Buffer<int64_t> starts(P), lengths(P);
+  starts[0] = 2, starts[1] = 2, starts[2] = 9;
+  lengths[0] = 139, lengths[1] = 130, lengths[2] = 132;
+  vispec::Adaptor p{};
+  p.queries = queries.get(), p.rows = rows.get(), p.output = output.get();
+  p.query_row_stride = p.row_stride = C;
+  p.starts = starts.get(), p.lengths = lengths.get(), p.dtype = DType::bf16;
+  p.N = N, p.C = C, p.R = R, p.P = P;
+  Buffer<uint32_t> workspace(static_cast<size_t>(vispec::cuda::adaptor_workspace_bytes(N, C, R, P)) / 4,
+                             ~uint32_t{0});
+  p.workspace = workspace.get();
+  vispec::cuda::adaptor(p);
+  for (size_t i = 0; i < output.size(); ++i)
+    EXPECT(output[i] == 0x4000, static_cast<long long>(i));  // all rows of a span: 2
+}
+
 }  // namespace
 
 int main() {
   activate();
   attend();
+  compress();
   build();
   commit();
   normalise(40);

@@ -9,6 +9,9 @@ from tests.emulator import programs
 # File, what stands right before a barrier, and the function whose accesses it orders.
 BARRIERS = [
     ("grow_level.cuh", "ranks[child] = rank_key(order_key(score), child);\n    }\n", "grow_select"),
+    ("adaptor.cuh", "[vs::warp_index() * kWeighQueries + vs::lane_index()] = value;\n", "combine_rows"),
+    ("adaptor.cuh", "vs::copy_wait<kScoreStages - 2>();\n", "multiply_scores"),
+    ("adaptor.cuh", "vs::copy_wait<kSumStages - 2>();\n", "multiply_sums"),
     ("build_tree.cuh", "    node_of[c] = node;\n  }\n", "build_tree_rows"),
     ("accept.cuh", "  shares[thread] = sum;\n", "accept_choose"),
     ("accept_filter.cuh", "state[0] = state[1] = state[2] = 0;\n", "gather"),
@@ -32,7 +35,8 @@ def test_removed_barriers_are_races(folder, tmp_path):
         barrier = text.index("vs::sync_block();", start)
         assert not text[start:barrier].strip(), f"{function}: the place of its barrier has changed"
         (source / file).write_text(text[:barrier] + text[barrier + len("vs::sync_block();") :])
-    altered = {name: source / name for name in ("accept.cu", "build_tree.cu", "grow_level.cu", "tree_attention.cu")}
+    files = ("accept.cu", "adaptor.cu", "build_tree.cu", "grow_level.cu", "tree_attention.cu")
+    altered = {name: source / name for name in files}
     program = programs.build("ops", "thread", folder, kernels=programs.KERNELS, altered=altered)
     done = programs.call(program, seed=1)
     assert done.returncode == 66, done.stderr

@@ -22,6 +22,10 @@ BUDGETS = {
     "accept_scan": 32,
     "accept_walk": 40,
     "accept_weigh": 40,
+    "adaptor_merge": 80,
+    "adaptor_scores": 128,  # two blocks an SM and more
+    "adaptor_sum": 255,  # at 96 queries; the sums alone are 96. At 64 two blocks of 256 threads take 128 each
+    "adaptor_weigh": 64,
     "attention_merge": 64,
     "attention_splits": 255,  # at head 256; the sums alone are 128
     "build_tree_rows": 40,

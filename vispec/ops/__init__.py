@@ -3,6 +3,7 @@
 from vispec._native import build_info
 from vispec.ops import registered as _registered  # noqa: F401  (torch.compile learns of the ops)
 from vispec.ops.accept import Sampling, accept, accept_reference
+from vispec.ops.adaptor import adaptor, adaptor_reference, attend
 from vispec.ops.backend import use_backend
 from vispec.ops.build_tree import build_tree, build_tree_reference
 from vispec.ops.commit import commit, commit_reference, pointer_table
@@ -18,6 +19,9 @@ __all__ = [
     "Tail",
     "accept",
     "accept_reference",
+    "adaptor",
+    "adaptor_reference",
+    "attend",
     "build_info",
     "build_tree",
     "build_tree_reference",
