@@ -7,7 +7,11 @@ import torch
 
 import vispec
 from tests import tiny
+from tests.ops.conftest import available
+from vispec import ops
 from vispec.drafts.session import DraftRuntime
+from vispec.drafts.vispec import ViSpecDraftConfig
+from vispec.ops import use_backend
 from vispec.prompt import Span
 from vispec.targets import load_target
 
@@ -114,6 +118,65 @@ def test_a_video_gives_one_row_a_frame_and_the_mean_global_feature(family):
     torch.testing.assert_close(rows[2:5], torch.cat([frame[:1] for frame in frames]))
     torch.testing.assert_close(visual, torch.stack([frame[1] for frame in frames]).mean(0))
     assert positions.tolist() == [0, 1, 11, 12, 13, *range(14, 20)]
+
+
+SPANS = [Span(1, 37), Span(40, 200, frames=3), Span(241, 1), Span(300, 576), Span(880, 65, frames=2)]
+
+
+@pytest.mark.parametrize("dtype", (torch.float16, torch.bfloat16))
+@pytest.mark.parametrize(("queries", "heads"), ((2, 4), (3, 6)))
+def test_pictures_and_frames_through_the_kernels(dtype, queries, heads):
+    """At most twice the error of PyTorch span by span at the same dtype, both against the weights in float64."""
+    available("emulated")
+    config = ViSpecDraftConfig(192, 64, heads, 100, num_queries=queries, qkv_bias=True)
+    draft = vispec.ViSpecDraft(config)
+    generator = torch.Generator().manual_seed(11)
+    for parameter in draft.imadpt.parameters():
+        parameter.data = torch.randn(parameter.shape, generator=generator) * 0.07
+    draft.imadpt.q.data *= 20
+    rows = torch.full((950, 192), torch.nan)
+    for span in SPANS:
+        rows[span.start : span.start + span.length] = torch.randn(span.length, 192, generator=generator)
+    draft, rows = draft.to(dtype), rows.to(dtype)
+    with torch.inference_mode():
+        absorbed = draft.imadpt.absorbed_queries().to(dtype)
+        with use_backend("reference"):
+            plain = draft.compress(rows, SPANS, absorbed)
+        with use_backend("emulated"):
+            kernels = draft.compress(rows, SPANS, absorbed)
+        draft = draft.double()
+        for span, ours, theirs in zip(SPANS, kernels, plain, strict=True):
+            frames = rows[span.start : span.start + span.length].double().tensor_split(span.frames)
+            exact = torch.stack([naive_adaptor(draft.imadpt, frame) for frame in frames])
+            wanted = (exact[:, :-1].flatten(0, 1), exact[:, -1].mean(0))
+            for actual, usual, value in zip(ours, theirs, wanted, strict=True):
+                assert actual.shape == value.shape
+                assert (actual - value).abs().max() <= 2 * (usual - value).abs().max()
+
+
+@pytest.mark.parametrize("name", ("llava", "qwen2_5_vl"))
+def test_all_pictures_of_a_batch_go_through_the_adaptor_in_one_call(name, monkeypatch):
+    family = tiny.build(name)
+    draft = random_draft(family.model)
+    calls, own = [], ops.adaptor
+
+    def recorded(*tensors: torch.Tensor, output: torch.Tensor) -> None:
+        calls.append(len(output))
+        own(*tensors, output=output)
+
+    monkeypatch.setattr(ops, "adaptor", recorded)
+    prompts = [family.prompt(2, seed=12, text=5), family.prompt(0, seed=13, text=30), family.prompt(1, seed=14, text=0)]
+    with torch.inference_mode():
+        tree = vispec.TreeConfig(depth=1, top_k=2, total_tokens=4)
+        target, prompt, first, session = started(family, draft, prompts, tree)
+        assert calls == [3]
+        for row, length in enumerate(prompt.lengths.tolist()):
+            embeddings = torch.cat([prompt.embeddings[row, 1:length], target.embedding(first[row : row + 1])])
+            rows, places, visual = draft.prompt_rows(embeddings, prompt.features[row, :length], prompt.spans[row])
+            torch.testing.assert_close(session._last[row], draft(rows[None], places[None])[0, -1], rtol=1e-3, atol=1e-3)
+            torch.testing.assert_close(
+                session._constant[row], session.runtime.constant(visual[None])[0], rtol=1e-4, atol=1e-4
+            )
 
 
 def test_without_adaptor_every_image_token_goes_in(family):

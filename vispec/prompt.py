@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from itertools import accumulate
 
 from torch import Tensor
 
@@ -22,6 +23,20 @@ class Span:
     start: int
     length: int
     frames: int = 1
+
+    def without_first_token(self) -> Span:
+        """The span less the prompt's first token, which no row of a draft holds."""
+        return replace(self, start=1, length=self.length - 1) if self.start == 0 else self
+
+    def moved(self, tokens: int) -> Span:
+        """The same span so many tokens to the right."""
+        return replace(self, start=self.start + tokens)
+
+    def pieces(self) -> list[tuple[int, int]]:
+        """(start, length) of each frame, as equal as they can be, longer ones first."""
+        short, longer = divmod(self.length, self.frames)
+        lengths = [short + (frame < longer) for frame in range(self.frames)]
+        return list(zip(accumulate(lengths[:-1], initial=self.start), lengths, strict=True))
 
 
 @dataclass

@@ -81,11 +81,18 @@ class ViSpecSession:
 
     def _prefill(self, prompt: Prompt, first_tokens: Tensor) -> None:
         first = self.embedding(first_tokens)
+        # The spans of all rows in one pass over the embeddings as they lie.
+        width = prompt.embeddings.shape[1]
+        spans = [
+            span.without_first_token().moved(index * width) for index, own in enumerate(prompt.spans) for span in own
+        ]
+        compressed = self.draft.compress(prompt.embeddings.flatten(0, 1), spans, self.runtime.absorbed)
         rows, places, visuals = [], [], []
         for index, length in enumerate(prompt.lengths.tolist()):
             embeddings = torch.cat([prompt.embeddings[index, 1:length], first[index : index + 1]])
+            own, compressed = compressed[: len(prompt.spans[index])], compressed[len(prompt.spans[index]) :]
             row, place, visual = self.draft.prompt_rows(
-                embeddings, prompt.features[index, :length], prompt.spans[index], self.runtime.absorbed
+                embeddings, prompt.features[index, :length], prompt.spans[index], own
             )
             rows.append(row)
             places.append(place)

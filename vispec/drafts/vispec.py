@@ -1,13 +1,14 @@
 """The ViSpec draft: one decoder layer on the target's features, with a vision adaptor.
 
 Source: ViSpec (arXiv 2509.15235), sections 3.1 to 3.3. Without the adaptor it is EAGLE's draft (arXiv 2401.15077).
-Dimension letters: B rows, S prompt tokens, M draft rows, C hidden units, H heads, D head width, N rows of one
-span, Q adaptor queries, V vocabulary.
+Dimension letters: B rows, S prompt tokens, M draft rows, C hidden units, H heads, D head width, N image rows,
+P pieces of them, Q adaptor queries, V vocabulary.
 """
 
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -16,6 +17,7 @@ import torch.nn.functional as F
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
+from vispec import ops
 from vispec.cache import KeyValueCache
 from vispec.drafts.session import DraftRuntime, ViSpecSession
 from vispec.prompt import Prompt, Span
@@ -71,17 +73,25 @@ class VisionAdaptor(nn.Module):
         folded = torch.einsum("qhd,hdc->qhc", self.q.float(), keys) * width**-0.5
         return folded.reshape(queries * heads, -1)
 
-    def forward(self, rows: Tensor, absorbed: Tensor | None = None) -> Tensor:
-        """[N, C] image rows to [Q, C], in the absorbed form: no image row is ever projected.
+    def forward(self, rows: Tensor) -> Tensor:
+        """[N, C] image rows to [Q, C], in the absorbed form: no image row is ever projected. Gradients flow through."""
+        return self.project(ops.attend(self.absorbed_queries().to(rows.dtype), rows)[None])[0]
 
-        `absorbed` is `absorbed_queries()` in the rows' dtype, when it has been computed before.
+    def compress(self, rows: Tensor, pieces: Sequence[tuple[int, int]], absorbed: Tensor) -> Tensor:
+        """`forward` over P pieces of [N, C] rows at once: [P, Q, C], without gradients.
+
+        `pieces` are (start, length); `absorbed` is `absorbed_queries()` in the rows' dtype.
         """
+        starts, lengths = torch.tensor(pieces, device=rows.device).T.contiguous()
+        context = rows.new_empty(len(pieces), *absorbed.shape)
+        ops.adaptor(absorbed, rows, starts, lengths, output=context)
+        return self.project(context)
+
+    def project(self, context: Tensor) -> Tensor:
+        """Mixed image rows [P, Q * H, C] to outputs [P, Q, C]: every head's value projection, then `o_proj`."""
         queries, heads, width = self.q.shape
-        absorbed = self.absorbed_queries().to(rows.dtype) if absorbed is None else absorbed
-        weights = torch.softmax((absorbed @ rows.T).float(), dim=-1).to(rows.dtype)
-        context = (weights @ rows).view(queries, heads, -1)
         values = self.v_proj.weight.view(heads, width, -1)
-        mixed = torch.einsum("qhc,hdc->qhd", context, values).reshape(queries, -1)
+        mixed = torch.einsum("pqhc,hdc->pqhd", context.unflatten(1, (queries, heads)), values).flatten(2)
         if self.v_proj.bias is not None:
             mixed = mixed + self.v_proj.bias
         return self.o_proj(mixed)
@@ -263,34 +273,47 @@ class ViSpecDraft(nn.Module):
         rotary = rotary_tables(positions, self.config.head_dim, self.config.rope_theta, hidden.dtype)
         return self.layers[0](hidden, rotary, mask, store)
 
-    def compress(self, rows: Tensor, frames: int = 1, absorbed: Tensor | None = None) -> tuple[Tensor, Tensor]:
-        """One span's image rows [N, C] to the rows that replace it and its global feature [C].
+    def compress(
+        self, embeddings: Tensor, spans: Sequence[Span], absorbed: Tensor | None = None
+    ) -> list[tuple[Tensor, Tensor]]:
+        """Of every span of [N, C] rows the rows that replace it, and its global feature [C].
 
         An image gives Q - 1 rows; a video gives Q - 1 rows a frame, and the mean of the frames' global features.
+        All pieces of all spans go through the adaptor at once where `absorbed` is given
+        (`VisionAdaptor.absorbed_queries` in the rows' dtype); without it gradients flow through.
         """
-        pieces = rows.tensor_split(frames)
-        outputs = torch.stack([self.imadpt(piece, absorbed) for piece in pieces])
-        return outputs[:, :-1].flatten(0, 1), outputs[:, -1].mean(0)
+        if self.imadpt is None or not spans:
+            return []
+        pieces = [piece for span in spans for piece in span.pieces()]
+        if absorbed is None:
+            outputs = torch.stack([self.imadpt(embeddings[start : start + length]) for start, length in pieces])
+        else:
+            outputs = self.imadpt.compress(embeddings, pieces, absorbed)
+        frames = outputs.split([span.frames for span in spans])
+        return [(output[:, :-1].flatten(0, 1), output[:, -1].mean(0)) for output in frames]
 
     def prompt_rows(
         self,
         embeddings: Tensor,
         features: Tensor,
         spans: list[Span],
-        absorbed: Tensor | None = None,
+        compressed: list[tuple[Tensor, Tensor]] | None = None,
     ) -> tuple[Tensor, Tensor, Tensor]:
         """The draft's input for one prompt, its spans compressed.
 
         Shapes: `embeddings` [n, C], row i the embedding of token i + 1 (the last one the first sampled token's);
         `features` [n, C], row i the target's feature of token i; `spans` in the frame of the tokens.
+        `compressed` is what `compress` made of the spans less the prompt's first token, when it has run before.
         Returns: rows [M, C], their positions [M] int64 (indices into the uncompressed sequence), and the global
         feature [C] that holds for all later text (zeros when there was no span).
         """
         count = embeddings.shape[0]
         positions = torch.arange(count, device=embeddings.device)
         visual = torch.zeros_like(embeddings[0])
-        if self.imadpt is None:
-            spans = []
+        # Row i holds token i + 1, so in the draft's frame a span lies one to the left.
+        spans = [] if self.imadpt is None else [span.without_first_token().moved(-1) for span in spans]
+        if compressed is None:
+            compressed = self.compress(embeddings, spans)
         rows, places, cursor = [], [], 0
 
         def text(start: int, stop: int) -> None:
@@ -298,14 +321,12 @@ class ViSpecDraft(nn.Module):
                 rows.append(self.combine(embeddings[start:stop], features[start:stop], visual.expand(stop - start, -1)))
                 places.append(positions[start:stop])
 
-        for span in spans:
-            # Row i holds token i + 1, so in the draft's frame the span lies one to the left; a picture that
-            # opens the prompt has its first token in no row at all.
-            start, stop = max(span.start - 1, 0), span.start - 1 + span.length
-            text(cursor, start)
-            compressed, visual = self.compress(embeddings[start:stop], span.frames, absorbed)
-            kept = min(len(compressed), stop - start)
-            rows.append(compressed[len(compressed) - kept :])
+        for span, (replacement, feature) in zip(spans, compressed, strict=True):
+            stop = span.start + span.length
+            text(cursor, span.start)
+            visual = feature
+            kept = min(len(replacement), span.length)
+            rows.append(replacement[len(replacement) - kept :])
             places.append(positions[stop - kept : stop])
             cursor = stop
         text(cursor, count)
