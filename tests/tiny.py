@@ -31,21 +31,23 @@ PATCH = 14
 
 
 def _text(**more: object) -> dict:
-    return dict(
-        vocab_size=VOCABULARY,
-        hidden_size=64,
-        intermediate_size=96,
-        num_hidden_layers=3,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        max_position_embeddings=512,
-        # Wide weights give logits that differ by whole units, so that rounding never decides a greedy token.
-        initializer_range=0.3,
-        pad_token_id=PAD,
-        bos_token_id=1,
-        eos_token_id=EOS,
-        tie_word_embeddings=False,
-        **more,
+    return (
+        dict(
+            vocab_size=VOCABULARY,
+            hidden_size=64,
+            intermediate_size=96,
+            num_hidden_layers=3,
+            num_attention_heads=4,
+            num_key_value_heads=2,
+            max_position_embeddings=512,
+            # Wide weights give logits that differ by whole units, so that rounding never decides a greedy token.
+            initializer_range=0.3,
+            pad_token_id=PAD,
+            bos_token_id=1,
+            eos_token_id=EOS,
+            tie_word_embeddings=False,
+        )
+        | more
     )
 
 
@@ -164,38 +166,38 @@ class QwenVL(Family):
         )
 
 
-def build(name: str, seed: int = 0) -> Family:
-    """One family by name, with weights from a seed."""
+def build(name: str, seed: int = 0, **sizes: int) -> Family:
+    """One family by name, with weights from a seed; `sizes` change those of its language model."""
     torch.manual_seed(seed)
-    kind, model_class, config = _TABLE[name]()
+    kind, model_class, config = _TABLE[name](_text(**sizes))
     model = model_class(config).float().eval()
     model.generation_config.eos_token_id = EOS
     model.generation_config.pad_token_id = PAD
     return kind(name, model)
 
 
-def _llama():
-    return Family, LlamaForCausalLM, LlamaConfig(**_text())
+def _llama(text: dict):
+    return Family, LlamaForCausalLM, LlamaConfig(**text)
 
 
-def _qwen2():
-    return Family, Qwen2ForCausalLM, Qwen2Config(**_text())
+def _qwen2(text: dict):
+    return Family, Qwen2ForCausalLM, Qwen2Config(**text)
 
 
-def _llava():
+def _llava(text: dict):
     config = LlavaConfig(
         vision_config=_clip(),
-        text_config=LlamaConfig(**_text()),
+        text_config=LlamaConfig(**text),
         image_token_index=IMAGE_TOKEN,
         vision_feature_layer=-1,
     )
     return Llava, LlavaForConditionalGeneration, config
 
 
-def _llava_next():
+def _llava_next(text: dict):
     config = LlavaNextConfig(
         vision_config=_clip(),
-        text_config=LlamaConfig(**_text()),
+        text_config=LlamaConfig(**text),
         image_token_index=IMAGE_TOKEN,
         vision_feature_layer=-1,
         image_grid_pinpoints=[[4 * PATCH, 4 * PATCH]],
@@ -203,16 +205,18 @@ def _llava_next():
     return LlavaNext, LlavaNextForConditionalGeneration, config
 
 
-def _qwen2_5_vl():
-    rope = {"rope_type": "default", "type": "default", "mrope_section": [2, 3, 3], "rope_theta": 1e6}
+def _qwen2_5_vl(text: dict):
+    eighth = text["hidden_size"] // text["num_attention_heads"] // 16
+    sections = [2 * eighth, 3 * eighth, 3 * eighth]
+    rope = {"rope_type": "default", "type": "default", "mrope_section": sections, "rope_theta": 1e6}
     config = Qwen2_5_VLConfig(
-        text_config=_text(rope_parameters=rope, rope_scaling=None),
+        text_config={**text, "rope_parameters": rope, "rope_scaling": None},
         vision_config=dict(
             depth=2,
             hidden_size=32,
             intermediate_size=48,
             num_heads=2,
-            out_hidden_size=64,
+            out_hidden_size=text["hidden_size"],
             patch_size=PATCH,
             window_size=4 * PATCH,
             fullatt_block_indexes=[1],

@@ -12,6 +12,7 @@ from vispec.ops.rms_norm import rms_norm, rms_norm_reference
 from vispec.ops.rope_append import Tail, rope_append, rope_append_reference
 from vispec.ops.silu_mul import silu_mul, silu_mul_reference
 from vispec.ops.tree_attention import HEADS, tree_attention, tree_attention_reference
+from vispec.ops.tree_attention import serves_tree_attention, tree_attention, tree_attention_reference
 
 __all__ = [
     "HEADS",
@@ -36,6 +37,7 @@ __all__ = [
     "silu_mul_reference",
     "rope_append",
     "rope_append_reference",
+    "serves_tree_attention",
     "tree_attention",
     "tree_attention_reference",
     "use_backend",

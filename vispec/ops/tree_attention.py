@@ -12,7 +12,8 @@ from vispec.ops.checks import check_kind, check_range, check_tensor, describe
 
 HEADS = (64, 80, 96, 128, 256)
 MAX_SLOTS = 256
-DTYPES = (torch.float32, torch.float16, torch.bfloat16)
+KERNEL_DTYPES = (torch.float16, torch.bfloat16)
+DTYPES = (torch.float32, *KERNEL_DTYPES)
 
 
 def tree_attention(
@@ -86,7 +87,7 @@ def tree_attention(
     if not 0 < scale < math.inf:
         raise ValueError(f"{op}: scale must be positive and finite, got {scale}")
 
-    module = None if queries.dtype is torch.float32 else kernels_for(op, queries)
+    module = kernels_for(op, queries) if queries.dtype in KERNEL_DTYPES else None
     if module is None:
         tree_attention_reference(queries, keys, values, ancestors, lengths, output=output, offset=offset, scale=scale)
         return
@@ -105,10 +106,29 @@ def tree_attention(
     )
 
 
-def check_vectors(op: str, name: str, tensor: Tensor) -> None:
-    """Require what 16-byte copies of 8 elements need of the addresses of a tensor's rows."""
+def serves_tree_attention(queries: Tensor, keys: Tensor, values: Tensor) -> bool:
+    """Whether `tree_attention` has a kernel for such tensors on their device, and not the reference only.
+
+    Shapes as for `tree_attention`. Does not synchronise.
+    """
+    alike = keys.shape == values.shape and keys.stride() == values.stride() and queries.dtype == keys.dtype
+    if not alike or queries.dtype not in KERNEL_DTYPES:
+        return False
+    fits = queries.shape[3] in HEADS and queries.shape[2] <= MAX_SLOTS
+    return (
+        fits and all(map(has_vectors, (queries, keys, values))) and kernels_for("tree_attention", queries) is not None
+    )
+
+
+def has_vectors(tensor: Tensor) -> bool:
+    """Whether every row of a tensor starts where 16-byte copies of 8 elements can start."""
     *outer, last = [stride for stride, size in zip(tensor.stride(), tensor.shape, strict=True) if size > 1]
-    if last != 1 or any(stride % 8 for stride in outer) or tensor.data_ptr() % 16:
+    return last == 1 and all(stride % 8 == 0 for stride in outer) and tensor.data_ptr() % 16 == 0
+
+
+def check_vectors(op: str, name: str, tensor: Tensor) -> None:
+    """Require rows that start where 16-byte copies of 8 elements can start."""
+    if not has_vectors(tensor):
         raise ValueError(
             f"{op}: {name} must have a contiguous last dimension, strides that are multiples of 8 and a first element "
             f"at a multiple of 16 bytes, got strides {tensor.stride()} and address {tensor.data_ptr():#x}"

@@ -12,7 +12,7 @@ from transformers import DynamicCache, PreTrainedModel
 
 from vispec.cache import GROWTH_SLOTS, KeyValueCache
 from vispec.prompt import Prompt, Span
-from vispec.targets.attention import attention_of
+from vispec.targets.attention import TreePass, attention_of
 from vispec.tree import DraftTree
 
 # Settings by which some families change the logits after `lm_head`; the value beside each changes nothing.
@@ -46,6 +46,10 @@ class Target:
     Nothing of the model is copied or changed. While `session` is open its decoder runs with our attention
     function during `verify` only, and hooks exist during `prefill` only; both are undone on the way out.
 
+    Attributes:
+        needs_mask: the next `verify` must build the dense mask. False once a pass has shown that every layer's
+            attention does without.
+
     Raises:
         ValueError: a kind of model or cache that is not supported, named.
     """
@@ -62,6 +66,7 @@ class Target:
         if len(devices) > 1:
             raise ValueError(f"target: model must be on one device, got {sorted(map(str, devices))}")
         self.model = model
+        self.needs_mask = True
         self.decoder = _decoder_of(model)
         self.head = model.get_output_embeddings()
         self.text_config = config.get_text_config(decoder=True)
@@ -193,14 +198,16 @@ class Target:
             # Nodes past the model's last position can never be emitted, but a table look-up must not fail.
             node_positions = node_positions.clamp(max=self.max_positions - 1)
         cache.begin(tree.size)
-        with attention_of(self.decoder.config):
+        tree_pass = TreePass(cache, tree, self.dtype, dense=self.needs_mask)
+        with attention_of(self.decoder.config, tree_pass):
             output = self.decoder(
                 input_ids=tree.tokens,
-                attention_mask=cache.mask(tree.mask(), self.dtype),
+                attention_mask=tree_pass.mask,
                 position_ids=self.verify_positions(node_positions),
                 past_key_values=cache,
                 use_cache=True,
             )
+        self.needs_mask = len(tree_pass.served) < len(cache.keys)
         features = output.last_hidden_state
         return self.head(features), features
 

@@ -81,6 +81,8 @@ def _tree_logits(target: Target) -> tuple[Tensor, Tensor]:
         longest_path=3,
     )
     logits, _ = target.verify(tree, read.next_positions, read.cache)
+    if not target.needs_mask:  # nor will any later pass have one
+        logits, _ = target.verify(tree, read.next_positions, read.cache)
     expected = []
     for path in ((root, child, grandchild), (root, sibling)):
         tokens = torch.cat([prompt, prompt.new_tensor(path)])[None]
