@@ -111,9 +111,8 @@ struct Tail {
   int64_t rotary;                                  // even, at most head
 };
 
-// Rotated queries written to `output`, rotated keys and values appended to the cache at slots lengths +
-// offset
-// + t, those beyond L dropped.
+// Rotated queries written to `output`, rotated keys and values appended to the cache at slots lengths
+// + offset + t, those beyond L dropped.
 struct RopeAppend {
   Tail tail;
   const void* queries;                                                 // [B, H, T, head] dtype
@@ -174,6 +173,9 @@ struct SiluMul {
   DType dtype;
   int64_t parity;  // nonzero: silu(gate) is rounded to the dtype before the product, as in the model
   int64_t M, I;
+  void* stream;
+};
+
 // A vision adaptor's attention over the image rows of P spans, which are keys and values at once:
 // output[p, r] = softmax over j of (queries[r] . rows[j]), times rows, over the rows j of span p. fp32 sums.
 struct Adaptor {

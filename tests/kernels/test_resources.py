@@ -33,8 +33,8 @@ BUDGETS = {
     "grow_scan": 40,
     "grow_select": 64,
     "rms_norm_rows": 64,
-    "silu_mul_rows": 64,
     "rope_append_columns": 64,
+    "silu_mul_rows": 64,
 }
 KERNELS = sorted(path.stem for path in (ROOT / "csrc").glob("*.cu"))
 

@@ -11,8 +11,7 @@ from vispec.ops.grow_level import grow_level, grow_level_reference
 from vispec.ops.rms_norm import rms_norm, rms_norm_reference
 from vispec.ops.rope_append import Tail, rope_append, rope_append_reference
 from vispec.ops.silu_mul import silu_mul, silu_mul_reference
-from vispec.ops.tree_attention import HEADS, tree_attention, tree_attention_reference
-from vispec.ops.tree_attention import serves_tree_attention, tree_attention, tree_attention_reference
+from vispec.ops.tree_attention import HEADS, serves_tree_attention, tree_attention, tree_attention_reference
 
 __all__ = [
     "HEADS",
@@ -33,11 +32,11 @@ __all__ = [
     "pointer_table",
     "rms_norm",
     "rms_norm_reference",
-    "silu_mul",
-    "silu_mul_reference",
     "rope_append",
     "rope_append_reference",
     "serves_tree_attention",
+    "silu_mul",
+    "silu_mul_reference",
     "tree_attention",
     "tree_attention_reference",
     "use_backend",
