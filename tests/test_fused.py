@@ -2,69 +2,30 @@
 
 from __future__ import annotations
 
+from unittest import mock
+
 import pytest
 import torch
-from transformers import (
-    LlamaConfig,
-    LlamaForCausalLM,
-    Qwen2_5_VLConfig,
-    Qwen2_5_VLForConditionalGeneration,
-    Qwen2Config,
-    Qwen2ForCausalLM,
-    Qwen3Config,
-    Qwen3ForCausalLM,
-)
+from transformers import Qwen3Config, Qwen3ForCausalLM
 
 from tests import tiny
-from tests.ops.cases import random_tree
+from tests.ops.cases import tree_of
 from tests.ops.conftest import Backend, available
 from vispec import ops
 from vispec.targets import load_target
 from vispec.targets.fused import FusedDecoder
 from vispec.tree import DraftTree
 
-TEXT = {**tiny._text(), "hidden_size": 128, "num_attention_heads": 2, "num_key_value_heads": 1}
+# Heads of 64, two for one key-value head.
+SIZES = {"hidden_size": 128, "num_attention_heads": 2, "num_key_value_heads": 1}
 PROMPT = 40
 
 
-def llama(**more):
-    return LlamaForCausalLM(LlamaConfig(**{**TEXT, **more}))
-
-
-def qwen2(**more):
-    return Qwen2ForCausalLM(Qwen2Config(**{**TEXT, **more}))
-
-
-def qwen2_5_vl(**more):
-    rope = {"rope_type": "default", "type": "default", "mrope_section": [8, 12, 12], "rope_theta": 1e6}
-    vision = {"depth": 1, "hidden_size": 32, "intermediate_size": 48, "num_heads": 2, "out_hidden_size": 128}
-    text = {**TEXT, "rope_parameters": rope, "rope_scaling": None, **more}
-    return Qwen2_5_VLForConditionalGeneration(Qwen2_5_VLConfig(text_config=text, vision_config=vision))
-
-
-BUILDERS = {"llama": llama, "qwen2": qwen2, "qwen2_5_vl": qwen2_5_vl}
+FAMILIES = ("llama", "qwen2", "qwen2_5_vl")
 
 
 def built(name: str, **more):
-    torch.manual_seed(0)
-    return BUILDERS[name](**more).eval()
-
-
-def tree_of(nodes: int, generator: torch.Generator) -> DraftTree:
-    tokens, parents = random_tree(2, nodes, tiny.VOCABULARY, generator)
-    tree = DraftTree.empty(2, nodes, nodes, torch.device("cpu"))
-    tree.tokens.copy_(tokens.clamp(min=3))
-    tree.parents.copy_(parents)
-    for row in range(2):
-        depths, words = [0], [1]
-        for node in range(1, nodes):
-            depths.append(depths[parents[row, node]] + 1)
-            words.append(words[parents[row, node]] | 1 << node)
-        tree.depths[row] = torch.tensor(depths)
-        for word in range(tree.ancestors.shape[2]):
-            part = [bits >> 64 * word & (1 << 64) - 1 for bits in words]
-            tree.ancestors[row, :, word] = torch.tensor([bits - (1 << 64) if bits >> 63 else bits for bits in part])
-    return tree
+    return tiny.build(name, **{**SIZES, **more}).model
 
 
 def features_of(model, dtype: torch.dtype, nodes: int, backend: Backend, fused: bool) -> torch.Tensor:
@@ -74,12 +35,13 @@ def features_of(model, dtype: torch.dtype, nodes: int, backend: Backend, fused: 
     tokens = torch.randint(3, tiny.VOCABULARY, (2, PROMPT), generator=generator)
     mask = torch.ones_like(tokens)
     mask[0, :7] = 0
-    tree = tree_of(nodes, generator)
+    tree = tree_of(2, nodes, tiny.VISION_END)
     tree = DraftTree(*(part.to(backend.device) for part in list(vars(tree).values())[:5]), longest_path=nodes)
     with torch.inference_mode():
         prompt = target.prefill({"input_ids": tokens.to(backend.device), "attention_mask": mask.to(backend.device)})
         if not fused:
-            return target.verify(tree, prompt.next_positions, prompt.cache)[1].double().cpu()
+            with mock.patch.object(FusedDecoder, "of", return_value=None):
+                return target.verify(tree, prompt.next_positions, prompt.cache)[1].double().cpu()
         prompt.cache.begin(nodes)
         positions = target.verify_positions(prompt.next_positions[:, None] + tree.depths)
         with ops.use_backend(None if backend.name == "cuda" else backend.name):
@@ -97,14 +59,14 @@ def kernels(request):
 
 
 @pytest.mark.parametrize("nodes", [1, 12, 65])
-@pytest.mark.parametrize("name", BUILDERS)
+@pytest.mark.parametrize("name", FAMILIES)
 def test_float32_features_are_the_decoders(name, nodes, kernels):
     own, fused = both_ways(built(name), torch.float32, nodes, kernels)
     assert (fused - own).abs().max() < 2e-4 * own.abs().max()
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-@pytest.mark.parametrize("name", BUILDERS)
+@pytest.mark.parametrize("name", FAMILIES)
 def test_half_precision_is_as_near_to_the_truth_as_the_decoder_itself(name, dtype, kernels):
     exact = features_of(built(name).to(dtype), torch.float64, 30, available("reference"), fused=False)
     own, fused = both_ways(built(name), dtype, 30, kernels)
@@ -146,10 +108,10 @@ def test_a_decoder_that_someone_altered_is_left_to_itself(change):
 
 def test_decoders_with_more_in_their_layers_are_left_to_themselves():
     others = [
-        Qwen3ForCausalLM(Qwen3Config(**TEXT, head_dim=64)),  # norms on queries and keys
-        llama(hidden_act="gelu"),
-        llama(head_dim=48),
-        qwen2(use_sliding_window=True, sliding_window=16, max_window_layers=0),
+        Qwen3ForCausalLM(Qwen3Config(**tiny._text(**SIZES), head_dim=64)),  # norms on queries and keys
+        built("llama", hidden_act="gelu"),
+        built("llama", head_dim=48),
+        built("qwen2", use_sliding_window=True, sliding_window=16, max_window_layers=0),
     ]
     for model in others:
         assert FusedDecoder.of(model.model) is None, type(model).__name__

@@ -11,7 +11,7 @@ from torch import Tensor
 
 import vispec
 from tests import tiny
-from tests.ops.cases import depths_of, random_tree
+from tests.ops.cases import tree_of
 from tests.ops.conftest import available
 from tests.test_families import MLA_SIZES, text_model, words
 from vispec import ops
@@ -19,15 +19,19 @@ from vispec.cache import KeyValueCache
 from vispec.ops import use_backend
 from vispec.targets import Target, load_target, self_check
 from vispec.targets import attention as verifying
+from vispec.targets.fused import FusedDecoder
 from vispec.tree import DraftTree
 
+OF = FusedDecoder.of
 # Heads of 64, two for one key-value head.
 SIZES = dict(hidden_size=128, num_attention_heads=2, num_key_value_heads=1)
 
 
 @pytest.fixture(autouse=True)
-def emulated():
+def emulated(monkeypatch):
+    """The decoders' own layers, as they serve every family that `FusedDecoder` does not know."""
     available("emulated")
+    monkeypatch.setattr(FusedDecoder, "of", lambda decoder: None)
 
 
 def half_model(name: str, **sizes: int) -> tiny.Family:
@@ -40,21 +44,6 @@ def prompts(family: tiny.Family) -> dict[str, Tensor]:
     """Three rows of different lengths."""
     images = 1 if family.name in tiny.VISION_FAMILIES else 0
     return family.batch([family.prompt(images, seed=row, text=5 + 40 * row) for row in range(3)], "left")
-
-
-def tree_of(B: int, T: int, seed: int = 0) -> DraftTree:
-    tokens, parents = random_tree(B, T, tiny.VISION_END, torch.Generator().manual_seed(seed))
-    tree = DraftTree.empty(B, T, T, torch.device("cpu"))
-    tree.tokens, tree.parents, tree.depths = tokens, parents, depths_of(parents)
-    tree.ancestors.zero_()
-    for b in range(B):
-        for node in range(T):
-            above = node
-            while above >= 0:
-                bit = 1 << above % 64
-                tree.ancestors[b, node, above // 64] |= bit - (1 << 64) if bit >> 63 else bit
-                above = int(parents[b, above])
-    return tree
 
 
 @torch.inference_mode()
@@ -86,7 +75,7 @@ class Calls:
 def test_logits_are_as_good_as_those_of_sdpa(monkeypatch, name, T):
     """Errors against float32 of the kernel's logits and of PyTorch's, on a ragged batch."""
     family = half_model(name)
-    inputs, tree = prompts(family), tree_of(3, T)
+    inputs, tree = prompts(family), tree_of(3, T, tiny.VISION_END)
     plain = verified(family.model, inputs, tree)[0]
     calls = Calls(monkeypatch)
     with use_backend("emulated"):
@@ -100,7 +89,7 @@ def test_logits_are_as_good_as_those_of_sdpa(monkeypatch, name, T):
 
 def test_the_dense_mask_is_built_once(monkeypatch):
     family = half_model("llama")
-    inputs, tree = prompts(family), tree_of(3, 30)
+    inputs, tree = prompts(family), tree_of(3, 30, tiny.VISION_END)
     masks = 0
     real = KeyValueCache.mask
 
@@ -121,13 +110,13 @@ def test_nothing_changes_on_the_cpu(monkeypatch):
     family = half_model("llava")
     calls = Calls(monkeypatch)
     target = load_target(family.model)
-    verified(target, prompts(family), tree_of(3, 9), passes=2)
+    verified(target, prompts(family), tree_of(3, 9, tiny.VISION_END), passes=2)
     assert calls.count == 0 and target.needs_mask
 
 
 def test_a_backend_may_change_between_passes():
     family = half_model("qwen2")
-    inputs, tree = prompts(family), tree_of(3, 12)
+    inputs, tree = prompts(family), tree_of(3, 12, tiny.VISION_END)
     expected = verified(family.model, inputs, tree)[0]
     target = load_target(family.model)
     with use_backend("emulated"):
@@ -149,7 +138,7 @@ def test_a_backend_may_change_between_passes():
 def test_other_models_keep_pytorch_and_their_mask(monkeypatch, config, model, sizes, dtype):
     made = text_model(config, model, sizes).to(dtype)
     tokens = words(12, seed=1)[None]
-    inputs, tree = {"input_ids": tokens, "attention_mask": torch.ones_like(tokens)}, tree_of(1, 9)
+    inputs, tree = {"input_ids": tokens, "attention_mask": torch.ones_like(tokens)}, tree_of(1, 9, tiny.VISION_END)
     expected = verified(made, inputs, tree)[0]
     calls = Calls(monkeypatch)
     with use_backend("emulated"):
@@ -169,7 +158,7 @@ def layer_call(monkeypatch, change: str | None, **extras: object) -> tuple[int, 
     cache.begin(7)
     cache.update(draw(2, 1, 7, 64), draw(2, 1, 7, 64), 1)
     cache.advance(torch.tensor([7, 4]), [7, 4])
-    tree = tree_of(2, 5)
+    tree = tree_of(2, 5, tiny.VISION_END)
     cache.begin(5)
     key, value = cache.update(draw(2, 1, 5, 64), draw(2, 1, 5, 64), 1)
     query = draw(2, 2, 5, 64)
@@ -233,7 +222,7 @@ def test_nothing_is_left_after_an_error():
     read = target.prefill(prompts(family))
     handle = target.decoder.layers[1].register_forward_pre_hook(fail)
     with pytest.raises(RuntimeError, match="in the middle"):
-        target.verify(tree_of(3, 4), read.next_positions, read.cache)
+        target.verify(tree_of(3, 4, tiny.VISION_END), read.next_positions, read.cache)
     handle.remove()
     assert config._attn_implementation == own and verifying._running.get() is None
 
@@ -271,9 +260,12 @@ def test_a_decoder_that_reads_the_mask_elsewhere_is_refused(monkeypatch):
         self_check(target, inputs)
 
 
+@pytest.mark.parametrize("fused", [False, True])
 @pytest.mark.parametrize("name", ["llava", "qwen2_5_vl"])
-def test_greedy_generation_from_end_to_end(monkeypatch, name):
+def test_greedy_generation_from_end_to_end(monkeypatch, name, fused):
     """Every token of a ragged batch is the float32 model's best, or within the rounding of a bfloat16 pass of it."""
+    if fused:
+        monkeypatch.setattr(FusedDecoder, "of", OF)
     family = half_model(name)
     inputs = prompts(family)
     floats = {key: value.bfloat16() if value.is_floating_point() else value for key, value in inputs.items()}

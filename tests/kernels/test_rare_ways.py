@@ -197,7 +197,7 @@ def test_paths_longer_than_a_batch(kernels, oracle, count, head):
 
 
 def test_runs_of_keys_merge_in_ascending_order(kernels):
-    """Three runs of 256 keys of equal weight with the values 2^24, 1 and -2^24: the 1 is lost beside the first alone."""
+    """Three runs of 256 keys of equal weight and values 2^24, 1, -2^24: the 1 is lost beside the first alone."""
     L, D = 768, 64
     queries, keys = torch.zeros(1, 1, 1, D, dtype=torch.bfloat16), torch.zeros(1, 1, L, D, dtype=torch.bfloat16)
     values, output = torch.zeros_like(keys), torch.full_like(queries, torch.nan)

@@ -5,6 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from vispec.tree import DraftTree
+
 INTEGER_POISON = -(1 << 62) + 12345
 DTYPES = [torch.float32, torch.float16, torch.bfloat16]
 
@@ -78,3 +80,19 @@ def step_of(exact: Tensor, dtype: torch.dtype) -> Tensor:
     info = torch.finfo(dtype)
     exponent = torch.frexp(exact.abs().clamp(min=info.tiny)).exponent - 1
     return torch.ldexp(torch.full_like(exact, info.eps), exponent)
+
+
+def tree_of(B: int, T: int, V: int, seed: int = 0) -> DraftTree:
+    """A random tree with its ancestor words."""
+    tokens, parents = random_tree(B, T, V, torch.Generator().manual_seed(seed))
+    tree = DraftTree.empty(B, T, T, torch.device("cpu"))
+    tree.tokens, tree.parents, tree.depths = tokens, parents, depths_of(parents)
+    tree.ancestors.zero_()
+    for b in range(B):
+        for node in range(T):
+            above = node
+            while above >= 0:
+                bit = 1 << above % 64
+                tree.ancestors[b, node, above // 64] |= bit - (1 << 64) if bit >> 63 else bit
+                above = int(parents[b, above])
+    return tree

@@ -10,9 +10,11 @@ import torch
 from torch import Tensor
 from transformers import DynamicCache, PreTrainedModel
 
+from vispec import ops
 from vispec.cache import GROWTH_SLOTS, KeyValueCache
 from vispec.prompt import Prompt, Span
 from vispec.targets.attention import TreePass, attention_of
+from vispec.targets.fused import FusedDecoder
 from vispec.tree import DraftTree
 
 # Settings by which some families change the logits after `lm_head`; the value beside each changes nothing.
@@ -197,19 +199,30 @@ class Target:
         if self.max_positions is not None:
             # Nodes past the model's last position can never be emitted, but a table look-up must not fail.
             node_positions = node_positions.clamp(max=self.max_positions - 1)
+        position_ids = self.verify_positions(node_positions)
         cache.begin(tree.size)
+        fused = self._fused(cache)
+        if fused is not None:
+            features = fused(tree.tokens, position_ids, tree.ancestors, cache)
+            return self.head(features), features
         tree_pass = TreePass(cache, tree, self.dtype, dense=self.needs_mask)
         with attention_of(self.decoder.config, tree_pass):
             output = self.decoder(
                 input_ids=tree.tokens,
                 attention_mask=tree_pass.mask,
-                position_ids=self.verify_positions(node_positions),
+                position_ids=position_ids,
                 past_key_values=cache,
                 use_cache=True,
             )
         self.needs_mask = len(tree_pass.served) < len(cache.keys)
         features = output.last_hidden_state
         return self.head(features), features
+
+    def _fused(self, cache: KeyValueCache) -> FusedDecoder | None:
+        """The decoder with our kernels between its layers, where there are kernels and nobody has altered it."""
+        keys, values = cache.keys[0], cache.values[0]
+        served = ops.serves_tree_attention(keys[:, :, :1], keys, values)
+        return FusedDecoder.of(self.decoder) if served else None
 
     @contextmanager
     def _capture(self, captured: Captured) -> Iterator[None]:
