@@ -17,10 +17,9 @@
 namespace vispec::kernels {
 
 constexpr unsigned kScoreThreads = 128;
-constexpr int kScoreRows = 64;     // of a block
-constexpr int kScoreColumns = 64;  // of a stage
-constexpr int kScorePitch =
-    kScoreColumns + 8;  // an odd number of 16-byte units: ldmatrix meets no bank twice
+constexpr int kScoreRows = 64;                  // of a block
+constexpr int kScoreColumns = 64;               // of a stage
+constexpr int kScorePitch = kScoreColumns + 8;  // an odd number of 16-byte units: no bank is met twice
 constexpr int kScoreStages = 4;
 constexpr unsigned kWeighThreads = 256;
 constexpr int kWeighQueries = 8;  // of a block: 32 bytes of scores, the unit of a memory access
@@ -97,7 +96,7 @@ struct AdaptorRun {
   int64_t first, last;  // rows [first, last)
 };
 
-// The run of a number. Every warp for itself; all its lanes get the same.
+// The run of a number: a span's tiles in a worker's share. Every warp for itself; all its lanes get the same.
 VS_DEVICE AdaptorRun adaptor_run(const Adaptor& p, const AdaptorPlan& plan, int64_t chunk, int64_t number) {
   const int64_t share = adaptor_share(p, plan, chunk, -1).share;
   AdaptorRun run{-1, 0, 0};
