@@ -20,13 +20,17 @@ namespace py = pybind11;
 #define VISPEC_HAS_KERNELS
 #endif
 
-// The CPU's or the GPU's version of an op.
+// The CPU's or the GPU's version of an op, and the bytes of workspace that it needs: the CPU's need none.
 #if defined(VISPEC_EMULATED)
 #define VISPEC_DISPATCH(op, on_gpu) cuda::op
+#define VISPEC_WORKSPACE(bytes, on_gpu) ((void)(on_gpu), cuda::bytes)
 #elif defined(VISPEC_HAS_CUDA)
 #define VISPEC_DISPATCH(op, on_gpu) ((on_gpu) ? cuda::op : cpu::op)
+#define VISPEC_WORKSPACE(bytes, on_gpu) ((on_gpu) ? cuda::bytes : 0)
 #else
 #define VISPEC_DISPATCH(op, on_gpu) (::vispec::bindings::require_cpu(on_gpu), cpu::op)
+#define VISPEC_WORKSPACE(bytes, on_gpu) \
+  (::vispec::bindings::require_cpu(on_gpu), (void)sizeof(cuda::bytes), int64_t{0})
 inline void require_cpu(bool on_gpu) {
   if (on_gpu) throw std::runtime_error("vispec: this build has no CUDA kernels");
 }

@@ -39,16 +39,7 @@ void grow_level(py::handle logits_, py::handle frontier_scores, py::handle front
 }
 
 int64_t grow_level_workspace_bytes(int64_t B, int64_t R, int64_t V, int64_t K, bool on_gpu) {
-#if defined(VISPEC_EMULATED)
-  (void)on_gpu;
-  return cuda::grow_level_workspace_bytes(B, R, V, K);
-#elif defined(VISPEC_HAS_CUDA)
-  return on_gpu ? cuda::grow_level_workspace_bytes(B, R, V, K) : 0;
-#else
-  (void)B, (void)R, (void)V, (void)K;
-  require_cpu(on_gpu);
-  return 0;
-#endif
+  return VISPEC_WORKSPACE(grow_level_workspace_bytes(B, R, V, K), on_gpu);
 }
 
 void build_tree(py::handle root_tokens, py::handle candidate_tokens, py::handle candidate_scores_,
@@ -116,16 +107,7 @@ void accept(py::handle logits_, py::handle tokens, py::handle parents, py::handl
 }
 
 int64_t accept_workspace_bytes(int64_t B, int64_t T, int64_t V, bool on_gpu) {
-#if defined(VISPEC_EMULATED)
-  (void)on_gpu;
-  return cuda::accept_workspace_bytes(B, T, V);
-#elif defined(VISPEC_HAS_CUDA)
-  return on_gpu ? cuda::accept_workspace_bytes(B, T, V) : 0;
-#else
-  (void)B, (void)T, (void)V;
-  require_cpu(on_gpu);
-  return 0;
-#endif
+  return VISPEC_WORKSPACE(accept_workspace_bytes(B, T, V), on_gpu);
 }
 
 // `table` holds the addresses on the GPU; elsewhere they are taken from the tensors.

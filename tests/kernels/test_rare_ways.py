@@ -39,7 +39,7 @@ def drawn(backend, logits: torch.Tensor, **settings: float) -> dict:
         torch.full((B,), values["min_p"]),
         torch.arange(B) * 7919,
     )
-    places = {"path": integers(B, D), "emitted": integers(B, D)}
+    places = {"path": integers(B, D), "emitted": integers(B, D), "log_probabilities": floats(B, D)}
     places |= {"counts": integers(B), "status": integers(B), "finished": torch.zeros(B).long()}
     chain = torch.arange(-1, T - 1).repeat(B, 1)
     return backend.run(
@@ -153,6 +153,8 @@ def test_a_nearly_sure_token_is_not_quite_sure(kernels, other):
     scores = grown(kernels, logits, 2)["candidate_scores"][0].double()
     exact = torch.tensor([0.0, -20.0]).double() - torch.tensor(-20.0).double().exp().log1p()
     torch.testing.assert_close(scores, exact, rtol=1e-6, atol=0)
+    kept = drawn(kernels, logits, top_k=1)["log_probabilities"][0, 0].double()
+    torch.testing.assert_close(kept, exact[0], rtol=1e-6, atol=0)
 
 
 def test_vocabulary_limit_of_grow_level(kernels):
