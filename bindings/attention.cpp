@@ -58,8 +58,8 @@ void rope_append(py::handle queries_, py::tuple tail, py::handle keys_, py::hand
 }
 
 void tree_attention(py::handle queries_, py::handle keys_, py::handle values, py::handle ancestors_,
-                    py::handle lengths, py::handle output_, int64_t slots, float scale, py::handle workspace,
-                    uintptr_t stream) {
+                    py::handle lengths, py::handle output_, py::object tail, int64_t slots, float scale,
+                    py::handle workspace, uintptr_t stream) {
   const TensorView queries("queries", queries_), keys("keys", keys_), output("output", output_);
   const TensorView ancestors("ancestors", ancestors_);
   TreeAttention op{};
@@ -67,6 +67,7 @@ void tree_attention(py::handle queries_, py::handle keys_, py::handle values, py
   op.keys = keys.data();
   op.values = TensorView("values", values).data();
   op.output = output.data();
+  if (!tail.is_none()) op.tail = tail_of(tail);
   op.query_batch_stride = queries.stride(0);
   op.query_head_stride = queries.stride(1);
   op.query_row_stride = queries.stride(2);
@@ -106,8 +107,8 @@ void bind_attention(py::module_& module) {
   module.def("rope_append", rope_append, arg("queries"), arg("tail"), arg("keys"), arg("values"),
              arg("lengths"), py::kw_only(), arg("output"), arg("offset"), arg("stream"));
   module.def("tree_attention", tree_attention, arg("queries"), arg("keys"), arg("values"), arg("ancestors"),
-             arg("lengths"), py::kw_only(), arg("output"), arg("slots"), arg("scale"), arg("workspace"),
-             arg("stream"));
+             arg("lengths"), py::kw_only(), arg("output"), arg("tail"), arg("slots"), arg("scale"),
+             arg("workspace"), arg("stream"));
   module.def("tree_attention_workspace_bytes", tree_attention_workspace_bytes, py::kw_only(), arg("B"),
              arg("H"), arg("G"), arg("T"), arg("L"), arg("head"));
 }

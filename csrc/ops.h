@@ -129,15 +129,17 @@ struct RopeAppend {
 };
 
 // Attention of T tree nodes over a cache: a node sees all committed slots and the tail slots of its
-// ancestors. Query heads h of key-value head h / (H / G). The tail's keys and values already lie in the
-// cache; slots that no node sees may hold anything. fp32 sums.
+// ancestors. Query heads h of key-value head h / (H / G). Without `tail` the tail's keys and values already
+// lie in the cache, and the queries are rotated. With it they are as the projections left them: the same
+// launch does what rope_append does at offset S - T. Slots that no node sees may hold anything. fp32 sums.
 struct TreeAttention {
-  const void* queries;                                                 // [B, H, T, head] dtype f16 or bf16
-  const void* keys;                                                    // [B, G, L, head]
-  const void* values;                                                  // [B, G, L, head]
-  void* output;                                                        // [B, H, T, head]
-  int64_t query_batch_stride, query_head_stride, query_row_stride;     // elements, multiples of 8
-  int64_t cache_batch_stride, cache_head_stride, cache_slot_stride;    // of keys and values, multiples of 8
+  const void* queries;                                               // [B, H, T, head] dtype f16 or bf16
+  void* keys;                                                        // [B, G, L, head] read, and with a tail
+  void* values;                                                      // [B, G, L, head] appended to
+  void* output;                                                      // [B, H, T, head]
+  Tail tail;                                                         // keys null: none
+  int64_t query_batch_stride, query_head_stride, query_row_stride;   // elements, multiples of 8
+  int64_t cache_batch_stride, cache_head_stride, cache_slot_stride;  // of keys and values, multiples of 8
   int64_t output_batch_stride, output_head_stride, output_row_stride;  // elements
   DType dtype;
   const int64_t* lengths;    // [B] committed slots; the tail follows

@@ -21,8 +21,10 @@ int64_t splits(const TreeAttention& p) {
 template <typename T, int kHead>
 void run_head(const TreeAttention& p, const kernels::AttentionWorkspace& work) {
   const unsigned rows = static_cast<unsigned>(p.G * row_blocks(p)), B = static_cast<unsigned>(p.B);
-  vs::launch("tree_attention", kernels::attention_splits<T, kHead>, {work.splits, rows, B},
-             kernels::kAttentionThreads, kernels::attention_shared_bytes<kHead>(p.W), p.stream, p, work);
+  const auto splits = p.tail.keys == nullptr ? kernels::attention_splits<T, kHead, false>
+                                             : kernels::attention_splits<T, kHead, true>;
+  vs::launch("tree_attention", splits, {work.splits, rows, B}, kernels::kAttentionThreads,
+             kernels::attention_shared_bytes<kHead>(p.W), p.stream, p, work);
   const unsigned M = static_cast<unsigned>(p.T * (p.H / p.G)), G = static_cast<unsigned>(p.G);
   vs::launch("tree_attention", kernels::attention_merge<T>, {M, G, B}, (kHead + 31) / 32 * 32, 0, p.stream, p,
              work);
@@ -50,14 +52,18 @@ void check(const TreeAttention& p) {
         std::to_string(p.H) + ", G=" + std::to_string(p.G) + ", T=" + std::to_string(p.T) +
         ", S=" + std::to_string(p.S) + ", W=" + std::to_string(p.W) + ", L=" + std::to_string(p.L));
   }
+  const Tail& t = p.tail;
   const int64_t strides = p.query_batch_stride | p.query_head_stride | p.query_row_stride |
-                          p.cache_batch_stride | p.cache_head_stride | p.cache_slot_stride;
-  const uintptr_t starts = reinterpret_cast<uintptr_t>(p.queries) | reinterpret_cast<uintptr_t>(p.keys) |
-                           reinterpret_cast<uintptr_t>(p.values);
+                          p.cache_batch_stride | p.cache_head_stride | p.cache_slot_stride | t.batch_stride |
+                          t.head_stride | t.row_stride | t.rotary / 2;
+  uintptr_t starts = 0;
+  for (const void* start : {p.queries, static_cast<const void*>(p.keys), static_cast<const void*>(p.values),
+                            t.keys, t.values, t.cosines, t.sines, t.query_bias, t.key_bias, t.value_bias})
+    starts |= reinterpret_cast<uintptr_t>(start);
   if (strides % 8 != 0 || starts % 16 != 0) {
     throw std::invalid_argument(
-        "tree_attention: queries, keys and values must start at a multiple of 16 bytes, "
-        "with strides that are multiples of 8 elements");
+        "tree_attention: queries, keys, values and the tail must start at multiples of 16 bytes, "
+        "with strides that are multiples of 8 elements and rotary a multiple of 16");
   }
 }
 

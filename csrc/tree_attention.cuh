@@ -9,17 +9,9 @@
 // meets no bank twice.
 #pragma once
 
-#include "ops.h"
-#include "rt.h"
+#include "attention_load.cuh"
 
 namespace vispec::kernels {
-
-constexpr uint32_t kAttentionThreads = 128;
-constexpr int kRows = 64;  // packed rows of a block: 16 for each of 4 warps
-constexpr int kKeys = 64;  // keys of a tile
-
-template <int kHead>
-constexpr int kPitch = kHead + 8;  // elements
 
 template <int kHead>
 size_t attention_shared_bytes(int64_t W) {
@@ -36,63 +28,12 @@ struct AttentionWorkspace {
   uint32_t splits;
 };
 
-struct AttentionBlock {
-  int64_t b, g, split, first_row, M, group;
-  int64_t length, keys;  // committed, and with the tail
-};
-
-VS_DEVICE AttentionBlock attention_block(const TreeAttention& p) {
-  AttentionBlock at;
-  at.split = vs::block_index().x;
-  const int64_t row_blocks = vs::grid_size().y / p.G;
-  at.first_row = static_cast<int64_t>(vs::block_index().y) % row_blocks * kRows;
-  at.g = static_cast<int64_t>(vs::block_index().y) / row_blocks;
-  at.b = vs::block_index().z;
-  at.group = p.H / p.G;
-  at.M = p.T * at.group;
-  const int64_t length = p.lengths[at.b];
-  at.length = length < 0 ? 0 : length > p.L ? p.L : length;  // stale values during a graph's warm-up
-  at.keys = at.length + p.S < p.L ? at.length + p.S : p.L;
-  return at;
-}
-
-template <int kHead>
-VS_DEVICE void copy_queries(const TreeAttention& p, const AttentionBlock& at, uint16_t* tile) {
-  constexpr int kUnits = kHead / 8;
-  for (int i = static_cast<int>(vs::thread_index()); i < kRows * kUnits; i += kAttentionThreads) {
-    const int row = i / kUnits, unit = i % kUnits;
-    const int64_t m = at.first_row + row;
-    const int64_t safe = m < at.M ? m : 0;
-    const uint16_t* source = static_cast<const uint16_t*>(p.queries) + at.b * p.query_batch_stride +
-                             (at.g * at.group + safe % at.group) * p.query_head_stride +
-                             safe / at.group * p.query_row_stride + unit * 8;
-    vs::copy_async<16>(tile + row * kPitch<kHead> + unit * 8, source, m < at.M ? 16 : 0);
-  }
-}
-
-// 64 slots of keys or values; slots past the last are zeros, whatever the cache holds there (NaN times 0 is
-// NaN).
-template <int kHead>
-VS_DEVICE void copy_slots(const TreeAttention& p, const AttentionBlock& at, const void* cache, int64_t first,
-                          uint16_t* tile) {
-  constexpr int kUnits = kHead / 8;
-  const uint16_t* base =
-      static_cast<const uint16_t*>(cache) + at.b * p.cache_batch_stride + at.g * p.cache_head_stride;
-  for (int i = static_cast<int>(vs::thread_index()); i < kKeys * kUnits; i += kAttentionThreads) {
-    const int key = i / kUnits, unit = i % kUnits;
-    const bool there = first + key < at.keys;
-    const int64_t slot = there ? first + key : 0;
-    vs::copy_async<16>(tile + key * kPitch<kHead> + unit * 8, base + slot * p.cache_slot_stride + unit * 8,
-                       there ? 16 : 0);
-  }
-}
-
 // scores[n] of keys 8n + 2(lane%4), +1 for rows lane/4 and lane/4 + 8 of the warp.
 template <typename T, int kHead>
-VS_DEVICE void multiply_keys(float (&scores)[kKeys / 8][4], const uint16_t* queries, const uint16_t* keys) {
+VS_DEVICE void multiply_keys(float (&scores)[kKeys / 8][4], const T* queries, const T* keys) {
   const unsigned lane = vs::lane_index();
-  const uint16_t* query = queries + (vs::warp_index() * 16 + lane % 16) * kPitch<kHead> + lane / 16 * 8;
-  const uint16_t* key = keys + (lane / 16 * 8 + lane % 8) * kPitch<kHead> + lane / 8 % 2 * 8;
+  const T* query = queries + (vs::warp_index() * 16 + lane % 16) * kPitch<kHead> + lane / 16 * 8;
+  const T* key = keys + (lane / 16 * 8 + lane % 8) * kPitch<kHead> + lane / 8 % 2 * 8;
   VS_UNROLL
   for (int n = 0; n < kKeys / 8; ++n) {
     VS_UNROLL
@@ -115,9 +56,9 @@ VS_DEVICE void multiply_keys(float (&scores)[kKeys / 8][4], const uint16_t* quer
 
 template <typename T, int kHead>
 VS_DEVICE void multiply_values(float (&sums)[kHead / 8][4], const float (&weights)[kKeys / 8][4],
-                               const uint16_t* values) {
+                               const T* values) {
   const unsigned lane = vs::lane_index();
-  const uint16_t* value = values + lane % 16 * kPitch<kHead> + lane / 16 * 8;
+  const T* value = values + lane % 16 * kPitch<kHead> + lane / 16 * 8;
   const auto pair = [](float x, float y) {
     return uint32_t{vs::from_float<T>(x).bits} | uint32_t{vs::from_float<T>(y).bits} << 16;
   };
@@ -139,8 +80,8 @@ VS_DEVICE void multiply_values(float (&sums)[kHead / 8][4], const float (&weight
 }
 
 // Values of tail slots that no row of the block sees become zeros: a stale slot may hold NaN.
-template <int kHead>
-VS_DEVICE void clear_unseen(uint16_t* values, const uint64_t* words, int W, const AttentionBlock& at,
+template <typename T, int kHead>
+VS_DEVICE void clear_unseen(T* values, const uint64_t* words, int W, const AttentionBlock& at,
                             int64_t first) {
   const int key = static_cast<int>(vs::thread_index()) % kKeys;
   const int64_t slot = first + key, tail = slot - at.length;
@@ -226,13 +167,13 @@ VS_DEVICE void store_row(const TreeAttention& p, const AttentionWorkspace& work,
   }
 }
 
-template <typename T, int kHead>
+template <typename T, int kHead, bool kTail>
 VS_KERNEL void VS_BOUNDS(kAttentionThreads, 1) attention_splits(TreeAttention p, AttentionWorkspace work) {
   constexpr int kTile = kKeys * kPitch<kHead>;
   vs::Shared shared;
-  uint16_t* queries = shared.array<uint16_t>(kRows * kPitch<kHead>);
-  uint16_t* keys = shared.array<uint16_t>(2 * kTile);
-  uint16_t* values = shared.array<uint16_t>(2 * kTile);
+  T* queries = shared.array<T>(kRows * kPitch<kHead>);
+  T* keys = shared.array<T>(2 * kTile);
+  T* values = shared.array<T>(2 * kTile);
   uint64_t* words = shared.array<uint64_t>(static_cast<size_t>(kRows * p.W));
   const AttentionBlock at = attention_block(p);
   const int64_t tiles = (at.keys + kKeys - 1) / kKeys;
@@ -245,11 +186,8 @@ VS_KERNEL void VS_BOUNDS(kAttentionThreads, 1) attention_splits(TreeAttention p,
     const int64_t m = at.first_row + i / W;
     words[i] = m < at.M ? static_cast<uint64_t>(p.ancestors[(at.b * p.T + m / at.group) * p.W + i % W]) : 0;
   }
-  copy_queries<kHead>(p, at, queries);
-  if (begin < end) {
-    copy_slots<kHead>(p, at, p.keys, begin * kKeys, keys);
-    copy_slots<kHead>(p, at, p.values, begin * kKeys, values);
-  }
+  load_queries<T, kHead, kTail>(p, at, queries);
+  if (begin < end) load_slots<T, kHead, kTail>(p, at, begin * kKeys, keys, values);
   vs::copy_commit();
 
   float sums[kHead / 8][4] = {};
@@ -259,15 +197,15 @@ VS_KERNEL void VS_BOUNDS(kAttentionThreads, 1) attention_splits(TreeAttention p,
   for (int64_t tile = begin; tile < end; ++tile) {
     const int stage = static_cast<int>((tile - begin) % 2);
     if (tile + 1 < end) {
-      copy_slots<kHead>(p, at, p.keys, (tile + 1) * kKeys, keys + (1 - stage) * kTile);
-      copy_slots<kHead>(p, at, p.values, (tile + 1) * kKeys, values + (1 - stage) * kTile);
+      const int next = (1 - stage) * kTile;
+      load_slots<T, kHead, kTail>(p, at, (tile + 1) * kKeys, keys + next, values + next);
     }
     vs::copy_commit();
     vs::copy_wait<1>();
     vs::sync_block();
     const bool masked = (tile + 1) * kKeys > at.length;
     if (masked) {
-      clear_unseen<kHead>(values + stage * kTile, words, W, at, tile * kKeys);
+      clear_unseen<T, kHead>(values + stage * kTile, words, W, at, tile * kKeys);
       vs::sync_block();
     }
     float scores[kKeys / 8][4];

@@ -142,14 +142,23 @@ void commit() {
   }
 }
 
-// Two runs of keys, a second row block, and a tail that shares a tile with the committed slots.
-void attend() {
+// Two runs of keys, a second row block, and a tail that shares a tile with the committed slots; then the same
+// with the tail appended on the way, by one of the two row blocks.
+void attend(bool append) {
   constexpr int64_t B = 1, H = 8, G = 1, T = 9, S = 9, L = 300, W = 1, head = 64;
   Buffer<uint16_t> queries(B * H * T * head, 0x3F80), keys(B * G * L * head, 0x3E80),
       values(keys.size(), 0x4000);
-  Buffer<uint16_t> output(queries.size());
+  Buffer<uint16_t> output(queries.size()), new_values(B * G * T * head, 0x4000);
+  Buffer<uint16_t> cosines(B * T * head, 0x3F80), sines(cosines.size()), bias(H * head);
   Buffer<int64_t> lengths(B, 280), ancestors(B * T, 1);
   vispec::TreeAttention p{};
+  if (append) {
+    for (size_t i = 280 * head; i < 289 * head; ++i) keys[i] = values[i] = 0x7FFF;  // NaN until appended
+    p.tail.keys = queries.get(), p.tail.values = new_values.get();
+    p.tail.batch_stride = p.tail.head_stride = T * head, p.tail.row_stride = head;
+    p.tail.cosines = cosines.get(), p.tail.sines = sines.get(), p.tail.rotary = head;
+    p.tail.query_bias = p.tail.key_bias = p.tail.value_bias = bias.get();
+  }
   p.queries = queries.get(), p.keys = keys.get(), p.values = values.get(), p.output = output.get();
   p.query_batch_stride = p.output_batch_stride = H * T * head;
   p.query_head_stride = p.output_head_stride = T * head;
@@ -162,6 +171,8 @@ void attend() {
   vispec::cuda::tree_attention(p);
   for (size_t i = 0; i < output.size(); ++i)
     EXPECT(output[i] == 0x4000, static_cast<long long>(i));  // all values: 2
+  for (size_t i = 0; append && i < T * head; ++i)
+    EXPECT(keys[280 * head + i] == 0x3F80 && values[280 * head + i] == 0x4000, static_cast<long long>(i));
 }
 
 // In place, in a block of several warps and in one warp; all values 2: normalised they are 1.
@@ -214,7 +225,8 @@ void compress() {
 
 int main() {
   activate();
-  attend();
+  attend(false);
+  attend(true);
   compress();
   build();
   commit();

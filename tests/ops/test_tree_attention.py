@@ -9,7 +9,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from vispec.ops import tree_attention
+from tests.ops.test_rope_append import tables
+from vispec.ops import Tail, rope_append, tree_attention
 
 HALF = [torch.float16, torch.bfloat16]
 
@@ -217,6 +218,64 @@ def test_a_length_of_zero_and_a_row_of_its_own(backend):
     assert torch.equal(call(backend, inputs), inputs.values[:, :, :3])
 
 
+def with_tail(case: Case, dtype: torch.dtype, *, R: int, biases: bool) -> tuple[Inputs, Tail]:
+    """The nodes' own keys and values as projections, and NaN in the slots that they are to fill."""
+    inputs, generator = make(case, dtype), torch.Generator().manual_seed(1)
+    B, H, G, T, D = case.B, case.H, case.G, case.T, case.D
+
+    def draw(*shape: int) -> Tensor:
+        return torch.randn(shape, generator=generator).to(dtype)
+
+    for b, length in enumerate(case.lengths):
+        inputs.keys[b, :, length + case.offset :] = inputs.values[b, :, length + case.offset :] = torch.nan
+    new = draw(2, B, T, G * D + 8)[..., : G * D].unflatten(3, (G, D)).transpose(2, 3)
+    cosines, sines = (table.to(dtype) for table in tables(B, T, R, generator))
+    bias = (draw(H * D), draw(G * D), draw(G * D)) if biases else (None, None, None)
+    return inputs, Tail(new[0], new[1], cosines, sines, *bias)
+
+
+@pytest.mark.parametrize("dtype", [*HALF, torch.float32])
+@pytest.mark.parametrize("biases", [False, True])
+@pytest.mark.parametrize(
+    ("case", "R"),
+    [
+        (Case([0], T=1, L=40), 64),
+        (Case([63, 321], T=30, D=128, L=400), 128),
+        (Case([100, 0, 59], T=65, H=2, G=1, L=200), 32),  # three row blocks, half of the columns
+        (Case([65, 3], T=8, offset=24, H=7, G=1, D=80, L=110), 80),  # a draft level behind three others
+        (Case([250], T=12, H=4, G=2, D=96, L=700), 96),  # the tail lies in two runs of keys
+        (Case([120], T=5, D=256, L=128), 256),
+        (Case([22, 30], T=8, H=4, G=4, L=32), 64),  # up to the last slot, and beyond it
+        (Case([10], T=8, offset=24, L=32), 64),  # no new token has a slot
+    ],
+    ids=lambda value: f"T{value.T}-H{value.H}-D{value.D}" if isinstance(value, Case) else None,
+)
+def test_a_tail_is_rope_append_and_attention_in_one(backend, dtype, biases, case, R):
+    """The same bits in the output and in both caches; the cache's NaN in fresh slots are never read."""
+    inputs, tail = with_tail(case, dtype, R=R, biases=biases)
+    queries, keys, values, ancestors, lengths = inputs.arguments()
+    rotated = torch.full_like(queries, torch.nan)
+    done = backend.run(rope_append, queries, tail, keys, values, lengths, output=rotated, offset=case.offset)
+    apart = Inputs(done["output"], *done["positional"][2:4], ancestors, lengths, inputs.seen)
+    expected = call(backend, apart, offset=case.offset)
+    back = backend.run(tree_attention, *inputs.arguments(), output=poisoned(inputs), offset=case.offset, tail=tail)
+    pairs = zip((back["output"], *back["positional"][1:3]), (expected, *done["positional"][2:4]), strict=True)
+    for got, want in pairs:
+        torch.testing.assert_close(got, want, rtol=0, atol=0, equal_nan=True)
+    assert bool(back["output"].isfinite().all())
+
+
+@pytest.mark.parametrize("stale", [-7, 30, 1 << 50])
+def test_a_tail_behind_a_stale_length(backend, stale):
+    inputs, tail = with_tail(Case([8, 8], T=4, L=16), torch.float16, R=64, biases=True)
+    inputs.keys[1], inputs.values[1] = 0, 0
+    inputs.lengths[1] = stale
+    back = backend.run(tree_attention, *inputs.arguments(), output=poisoned(inputs), tail=tail)
+    fresh = (back["positional"][1][1] != 0).any(-1).any(0).nonzero()[:, 0].tolist()
+    assert fresh == (list(range(4)) if stale < 0 else [])
+    assert bool(back["output"].isfinite().all())
+
+
 def valid(dtype: torch.dtype = torch.float16) -> dict:
     inputs = make(Case([5, 9], T=4, H=4, G=2, L=32), dtype)
     names = ("queries", "keys", "values", "ancestors", "lengths")
@@ -248,6 +307,7 @@ def half(*shape: int) -> Tensor:
         ({"queries": half(2, 4, 4, 68)[..., :64]}, "queries must have .* strides that are multiples of 8"),
         ({"queries": half(2, 4, 4, 72)[..., 4:68]}, "queries must have .* at a multiple of 16 bytes"),
         ({"output": half(2, 4, 4, 65)[..., :64]}, "output must have .* strides that are multiples of 8"),
+        ({"tail": 5}, "tail must be a Tail, got int 5"),
         ({"scale": 0.0}, "scale must be positive and finite, got 0.0"),
         ({"scale": float("inf")}, "scale must be positive and finite, got inf"),
     ],
@@ -256,3 +316,24 @@ def test_errors(change, message):
     arguments = valid() | change
     with pytest.raises(ValueError, match=f"tree_attention: .*{message}"):
         tree_attention(**arguments)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"keys": half(2, 2, 5, 64)}, r"tail.keys must be float16 \[B, G, T, D\] = \[2, 2, 4, 64\], got"),
+        (
+            {"cosines": half(2, 4, 24), "sines": half(2, 4, 24)},
+            "tail.cosines must have a multiple of 16 columns, got 24",
+        ),
+        ({"key_bias": torch.zeros(129).half()[1:]}, "tail.key_bias must have .* at a multiple of 16 bytes"),
+        (
+            {name: half(2, 2, 4, 68)[..., :64] for name in ("keys", "values")},
+            "tail.keys must have .* strides that are multiples of 8",
+        ),
+    ],
+)
+def test_errors_of_a_tail(change, message):
+    tail = Tail(half(2, 2, 4, 64), half(2, 2, 4, 64), half(2, 4, 64), half(2, 4, 64))._replace(**change)
+    with pytest.raises(ValueError, match=f"tree_attention: {message}"):
+        tree_attention(**valid(), tail=tail)

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from vispec.ops.backend import kernels_for, stream_of
 from vispec.ops.checks import check_kind, check_range, check_tensor, describe
+from vispec.ops.rope_append import Tail, check_alike, check_tail, rope_append_reference
 
 HEADS = (64, 80, 96, 128, 256)
 MAX_SLOTS = 256
@@ -26,15 +27,19 @@ def tree_attention(
     output: Tensor,
     offset: int = 0,
     scale: float | None = None,
+    tail: Tail | None = None,
 ) -> None:
     """Attend from T new nodes a row to its committed slots and to the tail slots of each node's ancestors.
 
     The tail is the S = offset + T slots behind the committed ones; the nodes' own keys and values lie in its last T,
-    those of earlier passes over the same tree before them. Everything of the tail is in the cache already.
+    those of earlier passes over the same tree before them. Without `tail` all of it is in the cache already, and the
+    queries are rotated. With `tail` the same launch does the work of `rope_append(queries, tail, keys, values,
+    lengths, offset=offset)` first, with the same bits in the output and in the cache.
 
     Shapes (B batch, H query heads, G key-value heads, T nodes, L cache slots, D head width; integers int64):
         queries: [B, H, T, D] float16, bfloat16 or float32, D one of 64, 80, 96, 128 and 256.
-        keys, values: [B, G, L, D], query head h reads head h // (H / G). Both with the same strides.
+        keys, values: [B, G, L, D], query head h reads head h // (H / G). Both with the same strides. Appended to
+            where there is a `tail`, otherwise only read.
         ancestors: [B, T, W], W = ceil(S / 64): bit i % 64 of word i // 64 lets the node see tail slot lengths + i.
         lengths: [B] committed slots, which every node sees; taken as the nearest of 0 and L where they lie outside.
         output: [B, H, T, D] written in place; a view of [B, T, H * D] will do.
@@ -44,6 +49,8 @@ def tree_attention(
     Args:
         offset: tail slots before the nodes' own.
         scale: factor of the products of queries and keys; None: D to the power -1/2.
+        tail: the nodes' keys and values as the projections leave them, with an R that is a multiple of 16; the
+            queries are then as their projection leaves them too.
 
     Returns:
         None.
@@ -79,17 +86,25 @@ def tree_attention(
         raise ValueError(
             f"{op}: sizes must be positive and H a multiple of G, got {describe(queries)} and {describe(keys)}"
         )
-    if keys.stride() != values.stride():
-        raise ValueError(f"{op}: keys and values must have equal strides, got {keys.stride()} and {values.stride()}")
+    check_alike(op, "keys and values", keys, values)
     for name, tensor in {"queries": queries, "keys": keys, "values": values, "output": output}.items():
         check_vectors(op, name, tensor)
+    if tail is not None:
+        check_tail(op, tail, queries, G)
+        for name, tensor in zip(Tail._fields, tail, strict=True):
+            if tensor is not None:
+                check_vectors(op, f"tail.{name}", tensor)
+        if tail.cosines.shape[2] % 16:
+            raise ValueError(f"{op}: tail.cosines must have a multiple of 16 columns, got {tail.cosines.shape[2]}")
     scale = D**-0.5 if scale is None else float(scale)
     if not 0 < scale < math.inf:
         raise ValueError(f"{op}: scale must be positive and finite, got {scale}")
 
     module = kernels_for(op, queries) if queries.dtype in KERNEL_DTYPES else None
     if module is None:
-        tree_attention_reference(queries, keys, values, ancestors, lengths, output=output, offset=offset, scale=scale)
+        tree_attention_reference(
+            queries, keys, values, ancestors, lengths, output=output, offset=offset, scale=scale, tail=tail
+        )
         return
     needed = module.tree_attention_workspace_bytes(B=B, H=H, G=G, T=T, L=L, head=D)
     module.tree_attention(
@@ -99,6 +114,7 @@ def tree_attention(
         ancestors,
         lengths,
         output=output,
+        tail=None if tail is None else tuple(tail),
         slots=offset + T,
         scale=scale,
         workspace=torch.empty(needed, dtype=torch.uint8, device=queries.device),
@@ -145,10 +161,14 @@ def tree_attention_reference(
     output: Tensor,
     offset: int = 0,
     scale: float | None = None,
+    tail: Tail | None = None,
 ) -> None:
     """`tree_attention` in plain PyTorch, with a dense mask and sums in float32: the oracle of its tests."""
     B, H, T, D = queries.shape
     G, L = keys.shape[1:3]
+    if tail is not None:
+        projected, queries = queries, torch.empty_like(queries)
+        rope_append_reference(projected, tail, keys, values, lengths, output=queries, offset=offset)
     seen = visible_slots(ancestors, lengths, offset + T, L)
     # A weight of 0 does not silence a NaN in a slot that nobody sees.
     unseen = ~seen.any(dim=1)[:, None, :, None]
