@@ -82,6 +82,8 @@ void launch(const char*, void (*kernel)(Params...), Dim3 grid, unsigned threads,
       [](void* p) { std::apply(static_cast<Call*>(p)->kernel, static_cast<Call*>(p)->args); }, &call);
 }
 
+inline size_t shared_limit() { return 227u << 10; }
+
 VS_DEVICE unsigned thread_index() { return emu::thread_index(); }
 VS_DEVICE unsigned thread_count() { return emu::thread_count(); }
 VS_DEVICE Dim3 block_index() {
@@ -115,6 +117,16 @@ void launch(const char* name, void (*kernel)(Params...), Dim3 grid, unsigned thr
   if (error != cudaSuccess) {
     throw std::runtime_error(std::string(name) + ": launch failed: " + cudaGetErrorString(error));
   }
+}
+
+// Bytes of shared memory that a block may ask for on the current device.
+inline size_t shared_limit() {
+  int device = 0, bytes = 0;
+  cudaError_t error = cudaGetDevice(&device);
+  if (error == cudaSuccess)
+    error = cudaDeviceGetAttribute(&bytes, cudaDevAttrMaxSharedMemoryPerBlockOptin, device);
+  if (error != cudaSuccess) throw std::runtime_error(cudaGetErrorString(error));
+  return static_cast<size_t>(bytes);
 }
 
 VS_DEVICE unsigned thread_index() { return threadIdx.x; }

@@ -24,7 +24,7 @@ void run_head(const TreeAttention& p, const kernels::AttentionWorkspace& work) {
   const auto splits = p.tail.keys == nullptr ? kernels::attention_splits<T, kHead, false>
                                              : kernels::attention_splits<T, kHead, true>;
   vs::launch("tree_attention", splits, {work.splits, rows, B}, kernels::kAttentionThreads,
-             kernels::attention_shared_bytes<kHead>(p.W), p.stream, p, work);
+             kernels::attention_shared_bytes(kHead, p.W), p.stream, p, work);
   const unsigned M = static_cast<unsigned>(p.T * (p.H / p.G)), G = static_cast<unsigned>(p.G);
   vs::launch("tree_attention", kernels::attention_merge<T>, {M, G, B}, (kHead + 31) / 32 * 32, 0, p.stream, p,
              work);
@@ -71,6 +71,10 @@ void check(const TreeAttention& p) {
 
 int64_t tree_attention_workspace_bytes(const TreeAttention& p) {
   return static_cast<int64_t>(sizeof(float)) * p.B * p.H * p.T * splits(p) * (p.head + 2);
+}
+
+bool tree_attention_fits(int64_t head, int64_t W) {
+  return kernels::attention_shared_bytes(head, W) <= vs::shared_limit();
 }
 
 void tree_attention(const TreeAttention& p) {

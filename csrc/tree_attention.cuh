@@ -13,11 +13,10 @@
 
 namespace vispec::kernels {
 
-template <int kHead>
-size_t attention_shared_bytes(int64_t W) {
-  return vs::shared_bytes<uint16_t>(kRows * kPitch<kHead>) +
-         4 * vs::shared_bytes<uint16_t>(kKeys * kPitch<kHead>) +
-         vs::shared_bytes<uint64_t>(static_cast<size_t>(kRows * W));
+// Queries, two stages of keys and values, and the ancestor words.
+inline size_t attention_shared_bytes(int64_t head, int64_t W) {
+  const size_t tile = vs::shared_bytes<uint16_t>(static_cast<size_t>(kKeys * (head + 8)));
+  return 5 * tile + vs::shared_bytes<uint64_t>(static_cast<size_t>(kRows * W));
 }
 
 // Results of one run of keys, before division by the sum: arrays over [B, G, splits, M].
@@ -194,6 +193,7 @@ VS_KERNEL void VS_BOUNDS(kAttentionThreads, 1) attention_splits(TreeAttention p,
   float maximum[2] = {-vs::infinity(), -vs::infinity()}, total[2] = {0.0f, 0.0f};
   const float scale = p.scale * 1.44269504f;  // powers of two from here on
   const unsigned row = vs::warp_index() * 16 + vs::lane_index() / 4;
+  const bool has_rows = at.first_row + vs::warp_index() * 16 < at.M;  // few nodes: the other warps only copy
   for (int64_t tile = begin; tile < end; ++tile) {
     const int stage = static_cast<int>((tile - begin) % 2);
     if (tile + 1 < end) {
@@ -208,14 +208,16 @@ VS_KERNEL void VS_BOUNDS(kAttentionThreads, 1) attention_splits(TreeAttention p,
       clear_unseen<T, kHead>(values + stage * kTile, words, W, at, tile * kKeys);
       vs::sync_block();
     }
-    float scores[kKeys / 8][4];
-    multiply_keys<T, kHead>(scores, queries, keys + stage * kTile);
-    VS_UNROLL
-    for (int half = 0; half < 2; ++half) {
-      if (masked) mask_row(scores, half, words + (row + half * 8) * W, at, tile * kKeys);
-      soften_row<kHead>(scores, sums, half, scale, maximum[half], total[half]);
+    if (has_rows) {
+      float scores[kKeys / 8][4];
+      multiply_keys<T, kHead>(scores, queries, keys + stage * kTile);
+      VS_UNROLL
+      for (int half = 0; half < 2; ++half) {
+        if (masked) mask_row(scores, half, words + (row + half * 8) * W, at, tile * kKeys);
+        soften_row<kHead>(scores, sums, half, scale, maximum[half], total[half]);
+      }
+      multiply_values<T, kHead>(sums, scores, values + stage * kTile);
     }
-    multiply_values<T, kHead>(sums, scores, values + stage * kTile);
     vs::sync_block();  // the next round's copies overwrite this stage
   }
   vs::copy_wait<0>();

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 from dataclasses import dataclass, field
 
 import pytest
@@ -9,8 +10,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from tests.ops.conftest import available
 from tests.ops.test_rope_append import tables
-from vispec.ops import Tail, rope_append, tree_attention
+from vispec.ops import Tail, rope_append, serves_tree_attention, tree_attention, use_backend
 
 HALF = [torch.float16, torch.bfloat16]
 
@@ -216,6 +218,39 @@ def test_a_length_of_zero_and_a_row_of_its_own(backend):
     inputs = make(Case([0, 0], T=3, H=2, G=2, L=8), torch.bfloat16)
     inputs.ancestors[:] = torch.tensor([1, 2, 4])[:, None]
     assert torch.equal(call(backend, inputs), inputs.values[:, :, :3])
+
+
+def test_where_there_is_a_kernel(monkeypatch):
+    """What serves says before the call is what the call needs; the reference alone serves nothing."""
+    available("emulated")
+    inputs = make(Case([5], T=4, L=32), torch.float16)
+    tensors = inputs.queries, inputs.keys, inputs.values
+
+    def served(queries: Tensor = tensors[0], keys: Tensor = tensors[1], values: Tensor = tensors[2]) -> bool:
+        return serves_tree_attention(queries, keys, values)
+
+    assert not served()
+    with use_backend("reference"):
+        assert not served()
+    with use_backend("emulated"):
+        assert served()
+        assert not served(*(tensor.float() for tensor in tensors))
+        assert not served(queries=tensors[0].bfloat16())
+        assert not served(values=half(1, 2, 32, 80))  # latent attention
+        assert not served(values=half(1, 2, 32, 64))  # other strides
+        assert not served(queries=half(1, 2, 257, 64))
+        assert not served(half(1, 2, 4, 48), half(1, 2, 32, 48), half(1, 2, 32, 48))
+        assert not served(queries=half(1, 2, 4, 68)[..., 2:66])
+        wide = half(1, 2, 4, 256), half(1, 2, 32, 256), half(1, 2, 32, 256)
+        assert served(*wide)
+
+        class SmallDevice:
+            def tree_attention_fits(self, head: int, W: int) -> bool:
+                return 5 * 64 * (head + 8) * 2 + 64 * W * 8 <= 99 << 10
+
+        module = importlib.import_module("vispec.ops.tree_attention")
+        monkeypatch.setattr(module, "kernels_for", lambda *_: SmallDevice())
+        assert not served(*wide) and served()
 
 
 def with_tail(case: Case, dtype: torch.dtype, *, R: int, biases: bool) -> tuple[Inputs, Tail]:

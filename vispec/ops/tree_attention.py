@@ -130,10 +130,12 @@ def serves_tree_attention(queries: Tensor, keys: Tensor, values: Tensor) -> bool
     alike = keys.shape == values.shape and keys.stride() == values.stride() and queries.dtype == keys.dtype
     if not alike or queries.dtype not in KERNEL_DTYPES:
         return False
-    fits = queries.shape[3] in HEADS and queries.shape[2] <= MAX_SLOTS
-    return (
-        fits and all(map(has_vectors, (queries, keys, values))) and kernels_for("tree_attention", queries) is not None
-    )
+    T, D = queries.shape[2:]
+    if D not in HEADS or T > MAX_SLOTS or not all(map(has_vectors, (queries, keys, values))):
+        return False
+    module = kernels_for("tree_attention", queries)
+    # Tiles of 256 columns are more than the shared memory of GPUs for desktops holds.
+    return module is not None and module.tree_attention_fits(head=D, W=(T + 63) // 64)
 
 
 def has_vectors(tensor: Tensor) -> bool:
