@@ -12,7 +12,7 @@ from torch import Tensor
 import vispec
 from tests import tiny
 from tests.ops.cases import tree_of
-from tests.ops.conftest import available
+from tests.ops.conftest import Backend, available
 from tests.test_families import MLA_SIZES, text_model, words
 from vispec import ops
 from vispec.cache import KeyValueCache
@@ -27,10 +27,17 @@ OF = FusedDecoder.of
 SIZES = dict(hidden_size=128, num_attention_heads=2, num_key_value_heads=1)
 
 
+@pytest.fixture(params=["emulated", pytest.param("cuda", marks=pytest.mark.gpu)])
+def kernels(request) -> Backend:
+    """The backends that run the CUDA sources."""
+    return available(request.param)
+
+
 @pytest.fixture(autouse=True)
-def emulated(monkeypatch):
-    """The decoders' own layers, as they serve every family that `FusedDecoder` does not know."""
-    available("emulated")
+def emulated(request, monkeypatch):
+    """What every other test here runs on; and the decoders' own layers, as they serve families that are not fused."""
+    if "kernels" not in request.fixturenames:
+        available("emulated")
     monkeypatch.setattr(FusedDecoder, "of", lambda decoder: None)
 
 
@@ -50,9 +57,14 @@ def prompts(family: tiny.Family) -> dict[str, Tensor]:
 def verified(model, inputs: dict, tree: DraftTree, passes: int = 1) -> list[Tensor]:
     """Float32 logits [B, T, V] of every pass over the same tree behind the same prompt."""
     target = load_target(model)
-    floats = {name: value.to(target.dtype) if value.is_floating_point() else value for name, value in inputs.items()}
+    inputs = {
+        name: value.to(target.device, target.dtype if value.is_floating_point() else None)
+        for name, value in inputs.items()
+    }
+    for name in ("tokens", "parents", "depths", "ancestors", "scores"):
+        setattr(tree, name, getattr(tree, name).to(target.device))
     with target.session():
-        read = target.prefill(floats)
+        read = target.prefill(inputs)
         return [target.verify(tree, read.next_positions, read.cache)[0].float() for _ in range(passes)]
 
 
@@ -72,16 +84,18 @@ class Calls:
 
 @pytest.mark.parametrize("T", [1, 30, 65])
 @pytest.mark.parametrize("name", tiny.FAMILIES)
-def test_logits_are_as_good_as_those_of_sdpa(monkeypatch, name, T):
+def test_logits_are_as_good_as_those_of_sdpa(kernels, monkeypatch, name, T):
     """Errors against float32 of the kernel's logits and of PyTorch's, on a ragged batch."""
     family = half_model(name)
+    family.model.to(kernels.device)
     inputs, tree = prompts(family), tree_of(3, T, tiny.VISION_END)
-    plain = verified(family.model, inputs, tree)[0]
+    with use_backend("reference"):
+        (plain,) = verified(family.model, inputs, tree)
+        (exact,) = verified(copy.deepcopy(family.model).float(), inputs, tree)
     calls = Calls(monkeypatch)
-    with use_backend("emulated"):
+    with use_backend(None if kernels.name == "cuda" else kernels.name):
         (ours,) = verified(family.model, inputs, tree)
     assert calls.count == 3  # layers
-    (exact,) = verified(copy.deepcopy(family.model).float(), inputs, tree)
     error, bound = (ours - exact).square().mean().sqrt(), (plain - exact).square().mean().sqrt()
     assert 0 < float(error) <= 2 * float(bound)
     assert float((ours - exact).abs().max()) <= 2 * float((plain - exact).abs().max())

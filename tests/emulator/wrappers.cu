@@ -249,12 +249,14 @@ VS_KERNEL void arithmetic(uint64_t* wide, float* real) {
   wide[3] = vs::multiply_high(uint64_t{0x0123456789ABCDEF}, uint64_t{0xFEDCBA9876543210});
   wide[4] = vs::bit_cast<uint32_t>(vs::divide(1.0f, 3.0f));
   wide[5] = (vs::is_nan(vs::infinity()) ? 1u : 0u) + (vs::is_nan(vs::infinity() - vs::infinity()) ? 2u : 0u);
+  const float near = 1.0f + 0x1p-12f;  // its square needs 25 bits: fused, the last one would be left
+  wide[6] = vs::bit_cast<uint32_t>(vs::add(vs::multiply(near, near), -(1.0f + 0x1p-11f)));
   for (int i = 0; i < 300; ++i) real[i] = vs::exp2_fast(static_cast<float>(i - 280) * 0.37f);
   real[300] = vs::exp2_fast(-vs::infinity());
 }
 
 void test_arithmetic() {
-  Buffer<uint64_t> wide(6);
+  Buffer<uint64_t> wide(7);
   Buffer<float> real(301);
   run(arithmetic, {1, 1, 1}, 32, 0, wide.get(), real.get());
   EXPECT(wide[0] == 11, 0);
@@ -263,6 +265,7 @@ void test_arithmetic() {
   EXPECT(wide[3] == 0x0121FA00AD77D742ull, 0);
   EXPECT(wide[4] == 0x3EAAAAAB, 0);
   EXPECT(wide[5] == 2, 0);
+  EXPECT(wide[6] == 0, 0);
   for (int i = 0; i < 300; ++i) {
     const double truth = std::exp2(static_cast<double>(static_cast<float>(i - 280) * 0.37f));
     EXPECT(std::fabs(real[i] - truth) <= 4e-7 * truth, i);
