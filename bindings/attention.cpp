@@ -5,6 +5,9 @@
 namespace vispec::bindings {
 namespace {
 
+// A dimension of one element has whatever stride PyTorch left there; nothing steps along it.
+int64_t step(const TensorView& tensor, size_t i) { return tensor.size(i) > 1 ? tensor.stride(i) : 0; }
+
 // The Python tuple of vispec.ops.Tail, in its order.
 Tail tail_of(const py::tuple& tail) {
   const auto data = [&](const char* name, size_t i) {
@@ -14,9 +17,9 @@ Tail tail_of(const py::tuple& tail) {
   Tail op{};
   op.keys = keys.data();
   op.values = data("tail.values", 1);
-  op.batch_stride = keys.stride(0);
-  op.head_stride = keys.stride(1);
-  op.row_stride = keys.stride(2);
+  op.batch_stride = step(keys, 0);
+  op.head_stride = step(keys, 1);
+  op.row_stride = step(keys, 2);
   op.cosines = cosines.data();
   op.sines = data("tail.sines", 3);
   op.rotary = cosines.size(2);
@@ -35,15 +38,15 @@ void rope_append(py::handle queries_, py::tuple tail, py::handle keys_, py::hand
   op.output = output.data();
   op.keys = keys.data();
   op.values = TensorView("values", values).data();
-  op.query_batch_stride = queries.stride(0);
-  op.query_head_stride = queries.stride(1);
-  op.query_row_stride = queries.stride(2);
-  op.output_batch_stride = output.stride(0);
-  op.output_head_stride = output.stride(1);
-  op.output_row_stride = output.stride(2);
-  op.cache_batch_stride = keys.stride(0);
-  op.cache_head_stride = keys.stride(1);
-  op.cache_slot_stride = keys.stride(2);
+  op.query_batch_stride = step(queries, 0);
+  op.query_head_stride = step(queries, 1);
+  op.query_row_stride = step(queries, 2);
+  op.output_batch_stride = step(output, 0);
+  op.output_head_stride = step(output, 1);
+  op.output_row_stride = step(output, 2);
+  op.cache_batch_stride = step(keys, 0);
+  op.cache_head_stride = step(keys, 1);
+  op.cache_slot_stride = step(keys, 2);
   op.dtype = queries.floating();
   op.lengths = TensorView("lengths", lengths).int64s();
   op.offset = offset;
@@ -68,15 +71,15 @@ void tree_attention(py::handle queries_, py::handle keys_, py::handle values, py
   op.values = TensorView("values", values).data();
   op.output = output.data();
   if (!tail.is_none()) op.tail = tail_of(tail);
-  op.query_batch_stride = queries.stride(0);
-  op.query_head_stride = queries.stride(1);
-  op.query_row_stride = queries.stride(2);
-  op.cache_batch_stride = keys.stride(0);
-  op.cache_head_stride = keys.stride(1);
-  op.cache_slot_stride = keys.stride(2);
-  op.output_batch_stride = output.stride(0);
-  op.output_head_stride = output.stride(1);
-  op.output_row_stride = output.stride(2);
+  op.query_batch_stride = step(queries, 0);
+  op.query_head_stride = step(queries, 1);
+  op.query_row_stride = step(queries, 2);
+  op.cache_batch_stride = step(keys, 0);
+  op.cache_head_stride = step(keys, 1);
+  op.cache_slot_stride = step(keys, 2);
+  op.output_batch_stride = step(output, 0);
+  op.output_head_stride = step(output, 1);
+  op.output_row_stride = step(output, 2);
   op.dtype = queries.floating();
   op.lengths = TensorView("lengths", lengths).int64s();
   op.ancestors = ancestors.int64s();

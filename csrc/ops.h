@@ -2,9 +2,7 @@
 //
 // Dimension letters: B batch, R frontier rows, K top_k, N candidates, T tree nodes, D longest path (root
 // included), V vocabulary, W ancestor words (64 nodes each), G key-value heads, L cache slots, E end tokens,
-// M rows, C hidden units, I units inside the MLP.
-// included), V vocabulary, W ancestor words (64 nodes each), G key-value heads, L cache slots, E end tokens;
-// in adaptor N image rows, C hidden units, R queries, P spans.
+// M rows, C hidden units, I units inside the MLP; in adaptor N image rows, R queries, P spans.
 // Integers are int64 throughout; strides are in elements; innermost dimensions are contiguous unless a
 // stride is given. An op allocates nothing that outlives it, never synchronises, and reads lengths, counts
 // and flags from memory, so that a CUDA graph can replay it. `stream` is a cudaStream_t (null on the CPU).
@@ -111,8 +109,8 @@ struct Tail {
   int64_t rotary;                                  // even, at most head
 };
 
-// Rotated queries written to `output`, rotated keys and values appended to the cache at slots lengths
-// + offset + t, those beyond L dropped.
+// Rotated queries written to `output`, rotated keys and values appended to the cache: token t at slot
+// lengths + offset + t, unless that lies beyond L.
 struct RopeAppend {
   Tail tail;
   const void* queries;                                                 // [B, H, T, head] dtype

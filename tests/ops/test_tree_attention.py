@@ -168,6 +168,13 @@ def test_nothing_but_the_output_is_written(backend):
     assert whole[..., : H * D].isfinite().all() and whole[..., H * D :].isnan().all()
 
 
+def test_the_stride_of_a_single_element_does_not_count(backend):
+    inputs = make(Case([20], T=1, H=1, G=1, L=60), torch.float16)
+    expected = call(backend, inputs)
+    inputs.queries = inputs.queries.as_strided((1, 1, 1, 64), (3, 1, 5, 1), inputs.queries.storage_offset())
+    assert torch.equal(call(backend, inputs), expected)
+
+
 def test_rows_that_see_nothing_are_zeros(backend):
     """Padding of a tree: no word set. Behind committed slots such a row sees those alone."""
     inputs = make(Case([0, 50], T=70, H=2, G=1, L=150), torch.float16)
