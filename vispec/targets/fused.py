@@ -73,11 +73,18 @@ class FusedDecoder:
                 projection(hidden).view(batch, nodes, -1, self.width).transpose(1, 2)
                 for projection in (attention.q_proj, attention.k_proj, attention.v_proj)
             )
-            seen = torch.empty_like(queries)
-            store = cache.keys[index], cache.values[index]
-            ops.rope_append(queries, Tail(keys, values, cosines, sines), *store, cache.lengths, output=seen)
-            ops.tree_attention(seen, *store, ancestors, cache.lengths, output=queries, scale=self.scale)
-            step = attention.o_proj(queries.transpose(1, 2).reshape(batch * nodes, -1))
+            mixed = torch.empty_like(queries)
+            ops.tree_attention(
+                queries,
+                cache.keys[index],
+                cache.values[index],
+                ancestors,
+                cache.lengths,
+                output=mixed,
+                scale=self.scale,
+                tail=Tail(keys, values, cosines, sines),
+            )
+            step = attention.o_proj(mixed.transpose(1, 2).reshape(batch * nodes, -1))
             norm = layer.post_attention_layernorm
             ops.rms_norm(step, norm.weight, output=hidden, epsilon=norm.variance_epsilon, residual=residual)
             gate = mlp.gate_proj(hidden)
