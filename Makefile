@@ -7,9 +7,9 @@ HAS_GPU := $(shell command -v nvidia-smi >/dev/null 2>&1 && nvidia-smi -L 2>/dev
 CXX_FILES = $(shell find csrc bindings -name '*.h' -o -name '*.cpp' -o -name '*.cu' -o -name '*.cuh')
 # Needed for the emulator's tests as soon as its sources are there.
 EMULATED := $(if $(wildcard csrc/emu/*.cpp),ON,OFF)
-NATIVE_SOURCES = $(CXX_FILES) CMakeLists.txt $(wildcard cmake/*.cmake cmake/*/CMakeLists.txt) setup.py pyproject.toml
+NATIVE_SOURCES = $(CXX_FILES) CMakeLists.txt $(wildcard cmake/*.cmake cmake/*.txt cmake/*/CMakeLists.txt) setup.py pyproject.toml
 
-.PHONY: demo test asan tsan test-oldest test-gpu lint format clean
+.PHONY: demo test asan tsan test-oldest test-gpu gpu lint format clean
 
 demo: $(VENV)/.demo
 	$(BIN)/vispec demo
@@ -49,6 +49,12 @@ $(VENV)-oldest/.ready: $(VENV)/.test
 # Fails where there is no GPU: a green run means that the kernels ran on one.
 test-gpu: $(VENV)/.test
 	VISPEC_TEST_REQUIRE=cuda $(BIN)/python -m pytest tests -m gpu
+
+# Everything that needs a GPU, in under eight minutes: build, tests, compute-sanitizer, op benchmark. In $(GPU_OUT): a
+# log a stage, summary.json, ops_<gpu>.json. Without pip, in any environment: python -m benchmarks.gpu
+GPU_OUT := build/gpu
+gpu: $(VENV)/.test
+	$(BIN)/python -m benchmarks.gpu --out $(GPU_OUT)
 
 lint: $(VENV)/.test
 	$(BIN)/ruff check .

@@ -1,7 +1,7 @@
 """The kernels against the hardware's limits and against PyTorch, SDPA, FlexAttention and FlashInfer.
 
     python -m benchmarks.bench_ops                      # every case, on a GPU
-    python -m benchmarks.bench_ops --quick --json       # fewer repeats, and a record in benchmarks/results
+    python -m benchmarks.bench_ops --quick --json       # fewer repeats, and benchmarks/results/ops_<gpu>.json
     python -m benchmarks.bench_ops --only accept        # the cases whose op or name contains the word
     python -m benchmarks.bench_ops --check              # the answers alone, small, on every backend that is there
 
@@ -26,7 +26,7 @@ from rich.console import Console
 from rich.table import Table
 
 from benchmarks.ops import CASES
-from benchmarks.ops.case import Baseline, Case, Problem
+from benchmarks.ops.case import Baseline, Case, Problem, forget_compiled
 from benchmarks.ops.timing import Ceilings, measure_ceilings, time_calls
 from benchmarks.record import gpu_state, write
 from vispec import _native, ops
@@ -110,6 +110,7 @@ class Bench:
 
     def measure_compiled(self, case: Case, row: dict[str, Any]) -> None:
         """The baselines that compile first, as long as there is time."""
+        forget_compiled()
         if "failed" not in row:
             row["baselines"] += self._baselines(self.problems(case), compiles=True)
 
@@ -207,10 +208,9 @@ def table(rows: list[dict[str, Any]], ceilings: Ceilings) -> Table:
     return shown
 
 
-def default_record() -> Path:
-    """benchmarks/results/ops_<gpu>.json"""
-    name = re.sub(r"[^a-z0-9]+", "_", torch.cuda.get_device_name().lower().removeprefix("nvidia "))
-    return RESULTS / f"ops_{name.strip('_')}.json"
+def record_name(gpu: str) -> str:
+    """ops_h100_80gb_hbm3.json for "NVIDIA H100 80GB HBM3"."""
+    return f"ops_{re.sub(r'[^a-z0-9]+', '_', gpu.lower().removeprefix('nvidia ')).strip('_')}.json"
 
 
 def main() -> int:
@@ -219,7 +219,7 @@ def main() -> int:
     parser.add_argument("--quick", action="store_true", help="fewer repeats")
     parser.add_argument("--check", action="store_true", help="check the answers at small sizes and measure nothing")
     parser.add_argument("--seconds", type=float, help="start no more baselines that compile after this time")
-    parser.add_argument("--json", nargs="?", const="", metavar="PATH", help="write the record, by default into results")
+    parser.add_argument("--json", nargs="?", const=RESULTS, type=Path, metavar="FOLDER", help="write ops_<gpu>.json")
     arguments = parser.parse_args()
     cases = chosen(arguments.only)
     if arguments.check:
@@ -232,11 +232,11 @@ def main() -> int:
     replays = 7 if arguments.quick else 25
     begin = {"gpu_state_before": gpu_state()}
     ceilings = measure_ceilings(replays)
-    path = None if arguments.json is None else Path(arguments.json or default_record())
+    name = record_name(torch.cuda.get_device_name())
 
     def save(rows: list[dict]) -> None:
-        if path is not None:
-            write(path, "ops", rows, ceilings=asdict(ceilings), **begin)
+        if arguments.json is not None:
+            write(arguments.json / name, "ops", rows, ceilings=asdict(ceilings), **begin)
 
     deadline = time.monotonic() + arguments.seconds if arguments.seconds else float("inf")
     bench = Bench(ceilings, replays, deadline, save)

@@ -2,7 +2,18 @@
 
 from __future__ import annotations
 
-from benchmarks.ops import accept, build_tree, commit, grow_level
+from benchmarks.ops import (
+    accept,
+    adaptor,
+    build_tree,
+    commit,
+    grow_level,
+    rms_norm,
+    rope_append,
+    silu_mul,
+    tree_attention,
+)
 from benchmarks.ops.case import Case
 
-CASES: list[Case] = [case for module in (grow_level, build_tree, accept, commit) for case in module.CASES]
+MODULES = (tree_attention, accept, grow_level, build_tree, commit, adaptor, rope_append, rms_norm, silu_mul)
+CASES: list[Case] = [case for module in MODULES for case in module.CASES]

@@ -131,6 +131,12 @@ def compiled(function: Callable[..., Any]) -> Callable[..., Any]:
     return torch.compile(function, dynamic=False)
 
 
+def forget_compiled() -> None:
+    """Makes room for the next case: after several sizes torch.compile would silently run a function uncompiled."""
+    compiled.cache_clear()
+    torch.compiler.reset()
+
+
 def eager_and_compiled(
     name: str, function: Callable[..., Any], arguments: tuple, error: Callable[[Any], float]
 ) -> list[Baseline]:

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 
 GRAPH_MICROSECONDS = 2000
-MOST_CALLS = 200
+LEAST_CALLS, MOST_CALLS = 50, 200
 
 
 @dataclass(frozen=True)
@@ -42,27 +42,45 @@ def time_calls(calls: Sequence[Callable[[], Any]], replays: int) -> Timing:
         for _ in range(3):
             for call in calls[:2]:
                 call()
-        one = _elapsed_microseconds(stream, lambda: [call() for call in calls]) / len(calls)
-    rounds = math.ceil(min(MOST_CALLS, max(1, GRAPH_MICROSECONDS / one)) / len(calls))
+        with _Elapsed(stream) as once:
+            for call in calls:
+                call()
+    wanted = min(MOST_CALLS, max(LEAST_CALLS, GRAPH_MICROSECONDS * len(calls) / once.microseconds))
+    rounds = math.ceil(wanted / len(calls))
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph, stream=stream):
         for _ in range(rounds):
             for call in calls:
                 call()
     count = rounds * len(calls)
+    found = []
     with torch.cuda.stream(stream):
-        graph.replay()
-        found = [_elapsed_microseconds(stream, graph.replay) / count for _ in range(replays)]
+        for _ in range(replays):
+            # The first keeps the GPU busy until the second has arrived, so that no launch is in the time.
+            graph.replay()
+            with _Elapsed(stream) as replay:
+                graph.replay()
+            found.append(replay.microseconds / count)
     return Timing(statistics.median(found), min(found), max(found), count, replays)
 
 
-def _elapsed_microseconds(stream: torch.cuda.Stream, work: Callable[[], Any]) -> float:
-    start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-    start.record(stream)
-    work()
-    end.record(stream)
-    end.synchronize()
-    return start.elapsed_time(end) * 1000
+class _Elapsed:
+    """The time that the stream spends on the work queued inside the block."""
+
+    microseconds: float
+
+    def __init__(self, stream: torch.cuda.Stream) -> None:
+        self.stream = stream
+        self.start, self.end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+
+    def __enter__(self) -> _Elapsed:
+        self.start.record(self.stream)
+        return self
+
+    def __exit__(self, *failure: object) -> None:
+        self.end.record(self.stream)
+        self.end.synchronize()
+        self.microseconds = self.start.elapsed_time(self.end) * 1000
 
 
 @dataclass(frozen=True)

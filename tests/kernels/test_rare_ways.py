@@ -65,6 +65,7 @@ def same(a: dict, b: dict) -> None:
             assert torch.equal(value, b[name]), name
 
 
+@pytest.mark.sanitize
 @pytest.mark.parametrize("V", [LIST - 1, LIST, LIST + 1, 2 * LIST + 77])
 @pytest.mark.parametrize("settings", [{"top_p": 0.3}, {"top_k": 700}, {"top_k": 900, "top_p": 0.5}])
 def test_a_bin_longer_than_the_list(kernels, oracle, V, settings):
@@ -162,6 +163,7 @@ def test_vocabulary_limit_of_grow_level(kernels):
         grown(kernels, torch.zeros(1, 1, 1 << 19, dtype=torch.float16), 2)
 
 
+@pytest.mark.sanitize
 @pytest.mark.parametrize("V", [16, 17, 63, 129, 1025])
 def test_fewer_columns_than_threads(kernels, oracle, V):
     generator = torch.Generator().manual_seed(V)
@@ -169,6 +171,7 @@ def test_fewer_columns_than_threads(kernels, oracle, V):
     same(grown(kernels, logits, 16), grown(oracle, logits, 16))
 
 
+@pytest.mark.sanitize
 @pytest.mark.parametrize("N", [31, 32, 33, 1100])
 def test_candidates_beyond_a_word_and_beyond_the_threads(kernels, oracle, N):
     generator = torch.Generator().manual_seed(N)
@@ -182,6 +185,7 @@ def test_candidates_beyond_a_word_and_beyond_the_threads(kernels, oracle, N):
     same(kernels.run(build_tree, *inputs, **places), oracle.run(build_tree, *inputs, **places))
 
 
+@pytest.mark.sanitize
 @pytest.mark.parametrize("count", [7, 8, 9, 11, 17])
 @pytest.mark.parametrize("head", [5, 8, 20, 64])
 def test_paths_longer_than_a_batch(kernels, oracle, count, head):

@@ -95,6 +95,7 @@ def leaning(tokens, parents, V: int, generator, strength: float) -> torch.Tensor
     return logits
 
 
+@pytest.mark.sanitize
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize(
     ("B", "T", "V"),
@@ -107,6 +108,7 @@ def test_greedy_matches_reference(backend, generator, dtype, B, T, V):
     check(backend, with_gaps(logits), tokens, parents)
 
 
+@pytest.mark.sanitize
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize(
     "settings",
@@ -247,6 +249,7 @@ def test_lower_of_two_equal_siblings(backend):
     assert check(backend, logits, tokens, parents)["path"].tolist() == [[0, 2]]
 
 
+@pytest.mark.sanitize
 @pytest.mark.parametrize("sampled", [False, True])
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("value", [torch.nan, torch.inf])

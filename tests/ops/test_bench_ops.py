@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import json
+from contextlib import contextmanager
+from types import SimpleNamespace
 
 import pytest
 import torch
 
 from benchmarks import bench_ops
-from benchmarks.ops import CASES
+from benchmarks.ops import CASES, timing
 from benchmarks.ops.case import Baseline, Case, Problem, WrongAnswer
 from benchmarks.ops.timing import Ceilings, Timing
 from vispec import ops
@@ -192,5 +194,92 @@ def test_the_check_fails_where_an_answer_is_wrong(monkeypatch, capsys):
 
 def test_an_unknown_name_lists_the_known_ones(monkeypatch):
     monkeypatch.setattr("sys.argv", ["bench_ops", "--only", "nothing"])
-    with pytest.raises(SystemExit, match="accept, build_tree, commit"):
+    with pytest.raises(SystemExit, match="--only must match one of accept, .*commit, grow_level"):
         bench_ops.main()
+
+
+def test_a_record_is_named_after_the_gpu():
+    assert bench_ops.record_name("NVIDIA H100 80GB HBM3") == "ops_h100_80gb_hbm3.json"
+    assert bench_ops.record_name("NVIDIA GeForce RTX 4090 (x)") == "ops_geforce_rtx_4090_x.json"
+
+
+class PretendCuda:
+    """The parts of torch.cuda that a timing uses, with a clock that only kernels and launches move."""
+
+    LAUNCH = 40.0
+
+    def __init__(self):
+        self.now, self.idle, self.captured = 0.0, True, None
+
+    def kernel(self, microseconds):
+        """A call that launches one kernel."""
+
+        def call():
+            if self.captured is not None:
+                self.captured.append(microseconds)
+            else:
+                self.now += self.LAUNCH + microseconds
+
+        return call
+
+    def Stream(self):  # noqa: N802
+        return SimpleNamespace(wait_stream=lambda other: None)
+
+    def current_stream(self):
+        return None
+
+    @contextmanager
+    def stream(self, stream):
+        yield
+
+    def Event(self, enable_timing):  # noqa: N802
+        event = SimpleNamespace()
+
+        def record(stream):
+            event.at = self.now
+
+        def synchronize():
+            self.idle = True
+
+        event.record, event.synchronize = record, synchronize
+        event.elapsed_time = lambda other: (other.at - event.at) / 1000
+        return event
+
+    def CUDAGraph(self):  # noqa: N802
+        graph = SimpleNamespace(kernels=[])
+
+        def replay():
+            # A launch shows only where the GPU has nothing to do meanwhile.
+            self.now += sum(graph.kernels) + (self.LAUNCH if self.idle else 0)
+            self.idle = False
+
+        graph.replay = replay
+        return graph
+
+    @contextmanager
+    def graph(self, graph, stream):
+        self.captured = graph.kernels
+        yield
+        self.captured = None
+
+
+@pytest.mark.parametrize(("kernels", "calls"), [([3.0], 50), ([1.0, 5.0] * 12, 72), ([7000.0], 50), ([3.0] * 300, 300)])
+def test_a_time_is_that_of_the_kernels_without_launches(kernels, calls, monkeypatch):
+    cuda = PretendCuda()
+    monkeypatch.setattr(timing, "torch", SimpleNamespace(cuda=cuda))
+    found = timing.time_calls([cuda.kernel(microseconds) for microseconds in kernels], replays=5)
+    assert found.microseconds == pytest.approx(sum(kernels) / len(kernels))
+    assert found.fastest == pytest.approx(found.slowest) and found.replays == 5
+    # All calls take turns, equally often.
+    assert found.calls == calls
+
+
+def test_a_call_that_fails_is_not_timed(monkeypatch):
+    cuda = PretendCuda()
+    monkeypatch.setattr(timing, "torch", SimpleNamespace(cuda=cuda))
+
+    def broken():
+        raise RuntimeError("cannot be captured")
+
+    with pytest.raises(RuntimeError, match="cannot be captured"):
+        timing.time_calls([broken], replays=1)

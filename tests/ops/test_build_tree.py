@@ -44,6 +44,7 @@ def check(backend, root_tokens, tokens, scores, parents, T):
     return got
 
 
+@pytest.mark.sanitize
 @pytest.mark.parametrize(
     ("B", "N", "T"),
     [

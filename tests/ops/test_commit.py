@@ -42,6 +42,7 @@ def check(backend, tensors, path, counts, lengths):
     assert all(torch.equal(value, want) for value, want in zip(reference, expected, strict=True))
 
 
+@pytest.mark.sanitize
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("gaps", [False, True])
 @pytest.mark.parametrize(

@@ -51,6 +51,7 @@ def check(backend, logits, K, *, offset=0, slack=0, frontier_scores=None, fronti
     return got
 
 
+@pytest.mark.sanitize
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize(
     ("B", "R", "V", "K"),
@@ -102,6 +103,7 @@ def test_ties_go_to_the_lower_index(backend, generator, dtype):
     assert check(backend, zeros, 4)["candidate_tokens"].tolist() == [[0, 1, 2, 3]]
 
 
+@pytest.mark.sanitize
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_unusable_logits(backend, generator, dtype):
     logits = torch.randn(1, 6, 700, generator=generator).to(dtype)

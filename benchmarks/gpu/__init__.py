@@ -1,0 +1,1 @@
+"""`python -m benchmarks.gpu`: build for the GPU of this machine, test, sanitize and measure, in a few minutes."""
