@@ -32,10 +32,21 @@ from vispec.train import FitConfig, collect, evaluate, fit, open_source, read_co
 from vispec.train.checkpoint import export_published, starting_draft
 from vispec.train.data import MANIFEST, read_manifest
 from vispec.train.feed import Feed
-from vispec.train.inputs import merge_inputs
-from vispec.train.losses import summed_loss
-from vispec.train.rows import draft_passes, read_target, supervised_rows
+from vispec.train.losses import STAGES, LossWeights, summed_loss
+from vispec.train.rows import supervised_rows, whole_passes
 
+# What the demo's draft is trained with: every option that the published runs do not have.
+DEMO_LIKE = {
+    "head_size": 40,
+    "rollout": "chains",
+    "mtp_steps": 3,
+    "mtp_warmup": 0.7,
+    "cross_entropy_weight": 1.0,
+    "distance_weight": 0.0,
+    "ranking_weight": 0.0,
+    "feature_weight": 0.1,
+    "feature_cache_gb": 0.01,
+}
 # Columns that differ from run to run whatever is done.
 CLOCK = ("seconds", "target_share")
 
@@ -107,7 +118,7 @@ def test_a_text_only_target(tmp_path):
     assert fit(model, tokenizer, config).draft.config.num_queries == 2
 
 
-@pytest.mark.parametrize("more", ({}, {"head_size": 40}), ids=str)
+@pytest.mark.parametrize("more", ({}, DEMO_LIKE), ids=("published", "demo"))
 def test_a_resumed_run_is_bit_for_bit_the_unbroken_one(world, tmp_path, monkeypatch, more):
     module = importlib.import_module("vispec.train.fit")
     config = config_of(world, tmp_path / "unbroken", checkpoint_every=2, max_steps=7, **more)
@@ -171,7 +182,8 @@ def test_two_processes_give_the_loss_of_one(world, tmp_path):
     assert len(one) == len(two) == 4
     for left, right in zip(one, two, strict=True):
         assert left["rows"] == right["rows"] and left["tokens"] == right["tokens"]
-        for name in ("loss", "feature", "distribution", "ranking", "gradient_norm"):
+        assert left["cross_entropy"] == right["cross_entropy"] == "", "stage 2 computes none"
+        for name in ("loss", "feature", "distance", "ranking", "gradient_norm"):
             assert float(left[name]) == pytest.approx(float(right[name]), rel=1e-4), name
     drafts = [load_file(tmp_path / name / "model.safetensors") for name in ("one", "two")]
     for name, value in drafts[0].items():
@@ -252,12 +264,12 @@ def test_a_step_follows_the_mean_over_all_supervised_rows(world, tmp_path):
     target = load_target(world.model)
     feed = Feed(target, world.processor, config)
     draft = starting_draft(config, target, feed.token_counts).requires_grad_(True)
-    inputs, samples = feed.inputs(feed.chosen(1))
-    reading = read_target(target, merge_inputs(inputs))
+    readings, samples, _ = feed.read(feed.chosen(1))
     rows = [supervised_rows(sample) for sample in samples]
-    noises = feed.noises(samples, reading.lengths, 1)
-    predicted, wanted = draft_passes(draft, reading, rows, passes=2, noises=noises)
-    loss, _ = summed_loss(2, torch.stack(predicted), wanted, target.head)
+    noises = feed.noises(samples, [one.length for one in readings], 1)
+    said = whole_passes(draft, readings, rows, passes=2, noises=noises)
+    wanted = said.wanted
+    loss, _ = summed_loss(STAGES[2], said.predicted, wanted, target.head)
     (loss / len(wanted)).backward()
     gradients = [parameter.grad for parameter in draft.parameters()]
     seen = []
@@ -342,14 +354,14 @@ def test_another_target_is_noticed(world, tmp_path):
 
 def test_a_loss_that_is_not_finite_stops_the_run(world, tmp_path, monkeypatch):
     module = importlib.import_module("vispec.train.fit")
-    passes, calls = module.draft_passes, []
+    passes, calls = module.PASSES["whole"], []
 
     def spoiled(*arguments, **options):
-        predicted, wanted = passes(*arguments, **options)
+        said = passes(*arguments, **options)
         calls.append(1)
-        return [one * math.nan if len(calls) == 3 else one for one in predicted], wanted
+        return replace(said, predicted=said.predicted * math.nan) if len(calls) == 3 else said
 
-    monkeypatch.setattr(module, "draft_passes", spoiled)
+    monkeypatch.setitem(module.PASSES, "whole", spoiled)
     config = config_of(world, tmp_path / "out", micro_batch_size=4, checkpoint_every=1)
     with pytest.raises(FloatingPointError, match=r"got nan and nan in step 3 \(learning rate .*request"):
         fit(world.model, world.processor, config)
@@ -407,11 +419,24 @@ def test_a_full_disk_leaves_the_earlier_checkpoint(world, tmp_path, monkeypatch)
         ({"noise": 1}, "noise must be bool, got 1"),
         ({"epochs": True}, "epochs must be int, got True"),
         ({"learning_rate": 0.0}, "learning_rate must be above 0"),
+        ({"rollout": "deep"}, "rollout must be one of whole, chains, got 'deep'"),
+        ({"mtp_warmup": 1.5}, "mtp_warmup must be at most 1, got 1.5"),
+        ({"feature_weight": -1.0}, "feature_weight must be at least 0, got -1.0"),
+        ({"distance_weight": 0.0, "ranking_weight": 0.0}, "at least one loss weight must be above 0"),
     ],
 )
 def test_bad_settings(settings, message):
     with pytest.raises(ValueError, match=message):
         read_config(None, {"data": "d", "out": "o", **settings})
+
+
+def test_passes_rise_evenly_and_weights_replace_the_stages_own():
+    config = FitConfig("d", "o", mtp_steps=3, mtp_warmup=0.75)
+    assert [config.passes_of(number, 8) for number in range(1, 9)] == [1, 1, 2, 2, 3, 3, 4, 4]
+    assert [FitConfig("d", "o", mtp_steps=3).passes_of(number, 8) for number in (1, 8)] == [4, 4]
+    assert FitConfig("d", "o", mtp_steps=0, mtp_warmup=1.0).passes_of(1, 8) == 1
+    weights = FitConfig("d", "o", stage=1, ranking_weight=0.0, distance_weight=2.0).loss_weights
+    assert weights == LossWeights(feature=1.0, cross_entropy=0.1, distance=2.0, ranking=0.0)
 
 
 def test_config_files(tmp_path):

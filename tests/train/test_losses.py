@@ -9,7 +9,7 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from vispec.drafts.head import DraftHead
-from vispec.train.losses import PARTS, STAGES, list_mle, summed_loss
+from vispec.train.losses import PARTS, STAGES, LossWeights, list_mle, summed_loss
 
 N, C, V = 37, 16, 53
 
@@ -23,9 +23,13 @@ def case(vocabulary: int = V, dtype: torch.dtype = torch.float64, bias: bool = F
     return predicted, wanted, head
 
 
-def plain_parts(stage: int, predicted, wanted, head) -> list:
-    """One position at a time, with nothing but sums, exponentials and logarithms."""
-    weight, totals = head.weight.detach(), [0.0, 0.0, 0.0, 0.0]
+ALL = LossWeights(feature=0.7, cross_entropy=0.4, distance=3.0, ranking=0.2)
+WEIGHTS = {"stage 1": STAGES[1], "stage 2": STAGES[2], "all": ALL, "ranking": LossWeights(0, 0, 0, 1.0)}
+
+
+def plain_rows(predicted, wanted, head) -> list[list]:
+    """Each position's feature, cross-entropy, distance and ranking with nothing but sums, exponentials, logarithms."""
+    weight, found = head.weight.detach(), []
     for row, truth in zip(predicted, wanted, strict=True):
         logits, targets = weight @ row, weight @ truth
         p, q = logits.exp() / logits.exp().sum(), targets.exp() / targets.exp().sum()
@@ -36,24 +40,27 @@ def plain_parts(stage: int, predicted, wanted, head) -> list:
         for place, token in enumerate(order):
             rest = sum(logits[other].exp() for other in order[place:])
             ranking = ranking - (logits[token].exp() / rest).log()
-        if stage == 1:
-            spread = -(q * p.log()).sum()
-            loss = feature + 0.1 * (spread + 0.1 * ranking)
-        else:
-            spread = (p - q).abs().sum()
-            loss = 10 * spread + 0.1 * ranking
-        totals = [sum(pair) for pair in zip(totals, (loss, feature, spread, ranking), strict=True)]
-    return totals
+        found.append([feature, -(q * p.log()).sum(), (p - q).abs().sum(), ranking])
+    return found
 
 
-@pytest.mark.parametrize("stage", (1, 2))
+def plain_parts(weights, rows: list[list]) -> list:
+    """The loss and the sums of its parts; a part without weight is 0, the features' distance excepted."""
+    factors = [weights.feature, weights.cross_entropy, weights.distance, weights.ranking]
+    sums = [sum(column) for column in zip(*rows, strict=True)]
+    loss = sum(factor * value for factor, value in zip(factors, sums, strict=True))
+    shown = [sums[0], *(value if factor else 0.0 for factor, value in zip(factors[1:], sums[1:], strict=True))]
+    return [loss, *shown]
+
+
+@pytest.mark.parametrize("weights", WEIGHTS.values(), ids=WEIGHTS)
 @pytest.mark.parametrize("vocabulary", (V, 7))
-def test_parts_and_gradients_equal_the_plain_formulas(stage, vocabulary):
+def test_parts_and_gradients_equal_the_plain_formulas(weights, vocabulary):
     predicted, wanted, head = case(vocabulary)
     ours, plain = predicted.clone().requires_grad_(), predicted.clone().requires_grad_()
-    expected = plain_parts(stage, plain, wanted, head)
+    expected = plain_parts(weights, plain_rows(plain, wanted, head))
     expected[0].backward()
-    loss, actual = summed_loss(stage, ours[None], wanted, head, chunk=8)
+    loss, actual = summed_loss(weights, ours[None], wanted, head, chunk=8)
     assert not actual.requires_grad and torch.equal(loss.detach(), actual[0])
     # A factor behind the loss must reach its gradient.
     (loss / 4).backward()
@@ -63,18 +70,37 @@ def test_parts_and_gradients_equal_the_plain_formulas(stage, vocabulary):
     assert head.weight.grad is None
 
 
-@pytest.mark.parametrize("stage", (1, 2))
 @pytest.mark.parametrize("chunk", (1, 5, N, 1000))
-def test_chunks_change_nothing_and_passes_add_up(stage, chunk):
-    predicted, wanted, head = case(bias=True)
+def test_chunks_change_nothing_and_passes_add_up(chunk):
+    """Two passes of which different positions count, against each position alone."""
+    predicted, wanted, head = case()
     passes = torch.stack([predicted, predicted.flip(0)])
-    whole, pieces = passes.clone().requires_grad_(), passes.clone().requires_grad_()
-    expected = sum(STAGES[stage](one, wanted, head(one), head(wanted)) for one in whole)
-    expected[0].backward()
-    loss, actual = summed_loss(stage, pieces, wanted, head, chunk)
-    loss.backward()
-    torch.testing.assert_close(actual.double(), expected.detach().double(), rtol=1e-4, atol=1e-4)
-    torch.testing.assert_close(pieces.grad, whole.grad, rtol=1e-4, atol=1e-5)
+    counted = torch.rand(2, N, generator=torch.Generator().manual_seed(1)) < 0.6
+    for mask in (None, counted):
+        plain, pieces = passes.clone().requires_grad_(), passes.clone().requires_grad_()
+        kept = torch.ones_like(counted) if mask is None else mask
+        rows = [row for one, keep in zip(plain, kept, strict=True) for row in plain_rows(one[keep], wanted[keep], head)]
+        expected = plain_parts(ALL, rows)
+        expected[0].backward()
+        loss, actual = summed_loss(ALL, pieces, wanted, head, counted=mask, chunk=chunk)
+        loss.backward()
+        torch.testing.assert_close(actual.double(), torch.stack(expected).detach(), rtol=1e-4, atol=1e-4)
+        torch.testing.assert_close(pieces.grad, plain.grad, rtol=1e-4, atol=1e-5)
+
+
+def test_a_heads_bias_counts():
+    predicted, wanted, head = case(bias=True)
+    bare = torch.nn.Linear(C, V, bias=False, dtype=predicted.dtype)
+    # The bias as one more unit that is always one.
+    bare.weight.data = head.weight.data
+    wide = torch.nn.Linear(C + 1, V, bias=False, dtype=predicted.dtype)
+    wide.weight.data = torch.cat([head.weight.data, head.bias.data[:, None]], 1)
+    one = predicted.new_ones(N, 1)
+    weights = LossWeights(0, 1.0, 1.0, 1.0)
+    actual = summed_loss(weights, predicted[None], wanted, head)[1][2:]
+    expected = summed_loss(weights, torch.cat([predicted, one], 1)[None], torch.cat([wanted, one], 1), wide)[1][2:]
+    torch.testing.assert_close(actual, expected)
+    assert not torch.allclose(actual, summed_loss(weights, predicted[None], wanted, bare)[1][2:])
 
 
 @pytest.mark.parametrize("stage", (1, 2))
@@ -88,13 +114,13 @@ def test_a_reduced_vocabulary_is_a_vocabulary_of_its_own(stage, bias):
     if bias:
         alone.bias.data = torch.stack([head.bias.data[token] for token in tokens])
     picked, whole = predicted.clone().requires_grad_(), predicted.clone().requires_grad_()
-    loss, parts = summed_loss(stage, picked[None], wanted, DraftHead(head, tokens), chunk=8)
-    expected, expected_parts = summed_loss(stage, whole[None], wanted, alone, chunk=8)
+    loss, parts = summed_loss(STAGES[stage], picked[None], wanted, DraftHead(head, tokens), chunk=8)
+    expected, expected_parts = summed_loss(STAGES[stage], whole[None], wanted, alone, chunk=8)
     (loss + expected).backward()
     assert torch.equal(parts, expected_parts) and torch.equal(picked.grad, whole.grad)
-    assert not torch.allclose(parts, summed_loss(stage, predicted[None], wanted, head)[1])
-    everything = summed_loss(stage, predicted[None], wanted, DraftHead(head, torch.empty(0, dtype=torch.int64)))
-    assert torch.equal(everything[1], summed_loss(stage, predicted[None], wanted, head)[1])
+    assert not torch.allclose(parts, summed_loss(STAGES[stage], predicted[None], wanted, head)[1])
+    everything = summed_loss(STAGES[stage], predicted[None], wanted, DraftHead(head, torch.empty(0, dtype=torch.int64)))
+    assert torch.equal(everything[1], summed_loss(STAGES[stage], predicted[None], wanted, head)[1])
 
 
 class Largest(TorchDispatchMode):
@@ -116,32 +142,41 @@ def test_nothing_of_the_size_positions_times_vocabulary_is_ever_made(stage):
     predicted.requires_grad_()
     for chunk, made in ((2, max(2 * 40 * V, C * 40 * V)), (N, N * 40 * V)):
         with Largest() as largest:
-            summed_loss(stage, predicted[None], wanted, head, chunk)[0].backward()
+            summed_loss(STAGES[stage], predicted[None], wanted, head, chunk=chunk)[0].backward()
         # The head itself, C x V, is seen through views.
         assert largest.elements == made
     assert predicted.grad.isfinite().all() and predicted.grad.any()
 
 
 def test_the_best_ranking_has_the_least_list_mle():
-    target = torch.tensor([[5.0, 4.0, 3.0, 2.0, 1.0]])
-    same, turned = list_mle(20 * target, target), list_mle(-20 * target, target)
-    assert float(same) < 1e-6 < 10 < float(turned)
-    equal = list_mle(torch.zeros(1, 5), target)
-    assert float(equal) == pytest.approx(math.log(math.factorial(5)))
+    scores = torch.tensor([[5.0, 4.0, 3.0, 2.0, 1.0]])
+    assert float(list_mle(20 * scores)) < 1e-6 < 10 < float(list_mle(-20 * scores))
+    assert float(list_mle(torch.zeros(1, 5))) == pytest.approx(math.log(math.factorial(5)))
 
 
 def test_a_perfect_draft_has_no_distance():
     _, wanted, head = case()
-    assert float(summed_loss(2, wanted[None], wanted, head)[1][2]) == pytest.approx(0, abs=1e-6)
-    assert float(summed_loss(1, wanted[None], wanted, head)[1][1]) == 0
+    found = summed_loss(ALL, wanted[None], wanted, head)[1]
+    assert float(found[1]) == 0 and float(found[3]) == pytest.approx(0, abs=1e-6)
+
+
+def test_logits_beyond_exp():
+    """Weights that give logits of some thousands: all finite, and the parts are their limits."""
+    predicted, wanted, head = case()
+    head.weight.data *= 1e3
+    predicted.requires_grad_()
+    loss, parts = summed_loss(ALL, predicted[None], wanted, head)
+    loss.backward()
+    assert parts.isfinite().all() and predicted.grad.isfinite().all()
+    assert float(parts[3]) <= 2 * N
 
 
 def test_bad_arguments():
     predicted, wanted, head = case()
-    with pytest.raises(ValueError, match="stage must be one of"):
-        summed_loss(3, predicted[None], wanted, head)
     for wrong in (predicted, predicted[None, :-1]):
         with pytest.raises(ValueError, match=r"must be \[P, N, C\] and \[N, C\]"):
-            summed_loss(1, wrong, wanted, head)
+            summed_loss(ALL, wrong, wanted, head)
+    with pytest.raises(ValueError, match=r"counted must be \(1, 37\), got \(37,\)"):
+        summed_loss(ALL, predicted[None], wanted, head, counted=torch.ones(N, dtype=torch.bool))
     with pytest.raises(ValueError, match="chunk must be at least 1"):
-        summed_loss(1, predicted[None], wanted, head, 0)
+        summed_loss(ALL, predicted[None], wanted, head, chunk=0)

@@ -8,9 +8,10 @@ import torch
 from tests import tiny
 from tests.test_draft import random_draft
 from vispec.targets import load_target
+from vispec.train.chains import chain_passes
 from vispec.train.data import Sample
 from vispec.train.inputs import merge_inputs, sample_inputs
-from vispec.train.rows import draft_passes, feature_noise, read_target, supervised_rows
+from vispec.train.rows import feature_noise, read_target, supervised_rows, whole_passes
 from vispec.train.sources import ImageStore
 from vispec.tree import TreeConfig
 
@@ -38,19 +39,27 @@ def samples(name: str):
     return family, prompts, whole, supervised
 
 
+def mild_draft(model, queries: int = 2):
+    """A random draft whose weights do not blow rounding errors up from pass to pass."""
+    draft = random_draft(model, queries)
+    for parameter in draft.parameters():
+        parameter.data *= 0.3
+    return draft
+
+
 @pytest.mark.parametrize("name", tiny.VISION_FAMILIES)
 def test_the_reading_equals_a_prefill(name):
     family, _, whole, _ = samples(name)
     target = load_target(family.model)
-    reading = read_target(target, merge_inputs(whole))
-    assert not reading.features.requires_grad
+    readings = read_target(target, merge_inputs(whole))
     with torch.inference_mode():
         prompt = target.prefill(family.batch(whole, "left"))
-    assert reading.lengths == prompt.lengths.tolist() and reading.spans == prompt.spans
-    assert [len(spans) for spans in reading.spans] == [2, 1]
-    for row, length in enumerate(reading.lengths):
-        torch.testing.assert_close(reading.features[row, :length], prompt.features[row, :length], rtol=1e-4, atol=1e-4)
-        torch.testing.assert_close(reading.embeddings[row, :length], prompt.embeddings[row, :length])
+    assert [one.length for one in readings] == prompt.lengths.tolist()
+    assert [one.spans for one in readings] == prompt.spans and [len(one.spans) for one in readings] == [2, 1]
+    for row, one in enumerate(readings):
+        assert not one.features.requires_grad
+        torch.testing.assert_close(one.features, prompt.features[row, : one.length], rtol=1e-4, atol=1e-4)
+        torch.testing.assert_close(one.embeddings, prompt.embeddings[row, : one.length])
 
 
 @pytest.mark.parametrize("name", tiny.VISION_FAMILIES)
@@ -60,19 +69,23 @@ def test_the_first_pass_is_what_a_generation_computes(name, queries):
     family, prompts, whole, supervised = samples(name)
     target = load_target(family.model)
     draft = random_draft(family.model, queries)
-    reading = read_target(target, merge_inputs(whole))
-    (predicted,), wanted = draft_passes(draft, reading, supervised)
+    readings = read_target(target, merge_inputs(whole))
+    said = whole_passes(draft, readings, supervised)
+    (predicted,), wanted = said.predicted, said.wanted
+    chained = chain_passes(draft, readings, supervised)
+    assert torch.equal(chained.wanted, wanted) and chained.counted.all()
+    torch.testing.assert_close(chained.predicted[0], predicted, rtol=1e-4, atol=1e-4)
     assert len(predicted) == len(wanted) == sum(ANSWERS)
     place = 0
     for row, count in enumerate(ANSWERS):
-        length = reading.lengths[row]
+        length = readings[row].length
         tokens = whole[row]["input_ids"][:, -count:]
         with torch.inference_mode():
             prompt = target.prefill(prompts[row])
             session = draft.start(target, prompt, tokens[:, 0], TreeConfig(depth=0, top_k=2, total_tokens=3))
             for step in range(count):
                 torch.testing.assert_close(session._last[0], predicted[place + step], rtol=1e-3, atol=1e-3)
-                feature = reading.features[row, length - count + step]
+                feature = readings[row].features[length - count + step]
                 torch.testing.assert_close(feature, wanted[place + step])
                 if step + 1 < count:
                     following = tokens[:, step + 1 : step + 2]
@@ -85,21 +98,22 @@ def test_later_passes_read_the_row_before(queries):
     """Two passes over two pictures, against a loop over rows with the spans taken apart by hand."""
     family, _, whole, supervised = samples("llava")
     draft = random_draft(family.model, queries)
-    reading = read_target(load_target(family.model), merge_inputs(whole))
-    noises = [feature_noise(length, 64, seed) for seed, length in enumerate(reading.lengths)]
+    readings = read_target(load_target(family.model), merge_inputs(whole))
+    noises = [feature_noise(one.length, 64, seed) for seed, one in enumerate(readings)]
     with torch.no_grad():
-        passes, wanted = draft_passes(draft, reading, supervised, passes=3, noises=noises)
-        assert torch.equal(wanted, draft_passes(draft, reading, supervised)[1]), "what is predicted has no noise"
+        said = whole_passes(draft, readings, supervised, passes=3, noises=noises)
+        passes, bare = said.predicted, whole_passes(draft, readings, supervised)
+        assert torch.equal(said.wanted, bare.wanted), "what is predicted has no noise"
         place = 0
-        for row, length in enumerate(reading.lengths):
-            embeddings = reading.embeddings[row, 1:length]
-            features = reading.features[row, : length - 1] + noises[row][: length - 1]
+        for row, one in enumerate(readings):
+            length, embeddings = one.length, one.embeddings[1:]
+            features = one.features[:-1] + noises[row][:-1]
             inside = set()
             if queries:
-                for span in reading.spans[row]:
+                for span in one.spans:
                     inside |= set(range(span.start - 1, span.start - 1 + span.length))
             for number in range(3):
-                rows, places, _ = draft.prompt_rows(embeddings, features, reading.spans[row])
+                rows, places, _ = draft.prompt_rows(embeddings, features, one.spans)
                 output = draft(rows[None], places[None])[0]
                 kept = [output[index] for index, at in enumerate(places.tolist()) if at in supervised[row]]
                 count = len(supervised[row])
@@ -115,23 +129,55 @@ def test_later_passes_read_the_row_before(queries):
     assert not torch.allclose(passes[0], passes[1], atol=1e-2)
 
 
-def test_checkpointing_and_padding_change_nothing():
+@pytest.mark.parametrize("name", tiny.VISION_FAMILIES)
+@pytest.mark.parametrize("queries", (0, 1, 2, 4))
+def test_chains_are_what_a_generation_drafts(name, queries):
+    """Row a of pass s is, number by number, level s of a tree whose root is the answer's token s places before.
+
+    Every chain is drafted by a real session that has committed the answer as far as its root, and then is forced
+    along the answer's own tokens. The samples are of different lengths, so one of them is padded.
+    """
+    family, prompts, whole, supervised = samples(name)
+    target, deep = load_target(family.model), 4
+    draft = mild_draft(family.model, queries)
+    readings = read_target(target, merge_inputs(whole))
+    said = chain_passes(draft, readings, supervised, passes=deep)
+    tree = TreeConfig(depth=deep, top_k=1, total_tokens=deep + 2)
+    place = 0
+    for row, count in enumerate(ANSWERS):
+        expected_counts = [[step >= number for step in range(count)] for number in range(deep)]
+        assert said.counted[:, place : place + count].tolist() == expected_counts
+        tokens = whole[row]["input_ids"][:, -count:]
+        with torch.inference_mode():
+            session = draft.start(target, target.prefill(prompts[row]), tokens[:, 0], tree)
+            for root in range(count):
+                parent, ancestors = session._last[:, None], torch.ones(1, 1, 1, dtype=torch.bool)
+                for number in range(1, min(deep, count - root)):
+                    parent = session._level(number - 1, tokens[:, root + number, None], parent, ancestors)
+                    ancestors = torch.ones(1, 1, number + 1, dtype=torch.bool)
+                    actual = said.predicted[number, place + root + number]
+                    torch.testing.assert_close(actual, parent[0, 0], rtol=1e-3, atol=1e-3)
+                if root + 1 < count:
+                    feature = readings[row].features[len(prompts[row]["input_ids"][0]) + root]
+                    session.commit(feature[None, None], tokens[:, root + 1, None], torch.tensor([1]), [1])
+        place += count
+
+
+@pytest.mark.parametrize("run", (whole_passes, chain_passes))
+def test_checkpointing_and_padding_change_nothing(run):
     family, _, whole, supervised = samples("llava")
-    draft = random_draft(family.model).double()
-    for parameter in draft.parameters():
-        # Weights that do not blow rounding errors up from pass to pass.
-        parameter.data *= 0.3
-    draft.requires_grad_(True)
+    draft = mild_draft(family.model).double().requires_grad_(True)
     target = load_target(family.model)
     noises = [feature_noise(one["input_ids"].shape[1], 64, seed) for seed, one in enumerate(whole)]
 
     def gradients(groups, checkpointed):
         draft.zero_grad()
         for group in groups:
-            reading = read_target(target, merge_inputs([whole[index] for index in group]))
+            readings = read_target(target, merge_inputs([whole[index] for index in group]))
             rows, noise = [supervised[index] for index in group], [noises[index] for index in group]
-            outputs, wanted = draft_passes(draft, reading, rows, passes=2, noises=noise, checkpointed=checkpointed)
-            sum((output - wanted).square().sum() for output in outputs).backward()
+            said = run(draft, readings, rows, passes=3, noises=noise, checkpointed=checkpointed)
+            errors = (said.predicted - said.wanted).square().sum(-1)
+            (errors if said.counted is None else errors * said.counted).sum().backward()
         found = {name: p.grad.clone() for name, p in draft.named_parameters() if p.grad is not None}
         assert {"imadpt.q", "img_fc.weight", "fc.weight"} <= set(found)
         return found
@@ -159,10 +205,10 @@ def test_a_stored_sample_is_read_with_its_picture_and_its_answer():
     assert inputs["input_ids"][0, -3:].tolist() == [5, 6, 7]
     kinds = inputs["mm_token_type_ids"][0].tolist()
     assert kinds == prompt["mm_token_type_ids"][0].tolist() + [0, 0, 0] and sum(kinds) == 6
-    reading = read_target(load_target(family.model), merge_inputs([inputs]))
+    (reading,) = read_target(load_target(family.model), merge_inputs([inputs]))
     with torch.inference_mode():
         expected = family.model.model(**inputs).last_hidden_state
-    torch.testing.assert_close(reading.features, expected, rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(reading.features, expected[0], rtol=1e-4, atol=1e-4)
     assert sample_inputs(Processor(), ImageStore(""), sample, longest=len(sample.prompt) + 1)["input_ids"][0, -1] == 5
 
 

@@ -111,23 +111,30 @@ class DraftAttention(nn.Module):
         self.v_proj = nn.Linear(width, shared, bias=config.qkv_bias)
         self.o_proj = nn.Linear(width, width, bias=False)
 
-    def forward(
-        self, hidden: Tensor, rotary: tuple[Tensor, Tensor], mask: Tensor | None, store: KeyValueCache | None
-    ) -> Tensor:
+    def project(self, hidden: Tensor, rotary: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor, Tensor]:
+        """Queries [B, H, M, D], keys and values [B, G, M, D] of rows [B, M, C], rotated."""
         batch, rows, _ = hidden.shape
 
         def split(projected: Tensor) -> Tensor:
             return projected.view(batch, rows, -1, self.head_dim).transpose(1, 2)
 
         query = apply_rotary(split(self.q_proj(hidden)), rotary)
-        key = apply_rotary(split(self.k_proj(hidden)), rotary)
-        value = split(self.v_proj(hidden))
-        if store is not None:
-            key, value = store.update(key, value, 0)
+        return query, apply_rotary(split(self.k_proj(hidden)), rotary), split(self.v_proj(hidden))
+
+    def attend(self, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None) -> Tensor:
+        """Rows [B, M, C] that queries read from keys and values; `mask` None: causal."""
         mixed = F.scaled_dot_product_attention(
             query, key, value, attn_mask=mask, is_causal=mask is None, enable_gqa=self.grouped
         )
-        return self.o_proj(mixed.transpose(1, 2).reshape(batch, rows, -1))
+        return self.o_proj(mixed.transpose(1, 2).flatten(2))
+
+    def forward(
+        self, hidden: Tensor, rotary: tuple[Tensor, Tensor], mask: Tensor | None, store: KeyValueCache | None
+    ) -> Tensor:
+        query, key, value = self.project(hidden, rotary)
+        if store is not None:
+            key, value = store.update(key, value, 0)
+        return self.attend(query, key, value, mask)
 
 
 class DraftMLP(nn.Module):
@@ -155,7 +162,11 @@ class DraftLayer(nn.Module):
     def forward(
         self, hidden: Tensor, rotary: tuple[Tensor, Tensor], mask: Tensor | None, store: KeyValueCache | None
     ) -> Tensor:
-        hidden = hidden + self.self_attn(hidden, rotary, mask, store)
+        return self.finish(hidden, self.self_attn(hidden, rotary, mask, store))
+
+    def finish(self, hidden: Tensor, attended: Tensor) -> Tensor:
+        """What follows attention: both residual sums and the MLP, [B, M, C]."""
+        hidden = hidden + attended
         return hidden + self.mlp(self.post_attention_layernorm(hidden))
 
 

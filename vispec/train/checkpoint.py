@@ -63,8 +63,9 @@ def _size(draft: ViSpecDraft) -> int:
     return 12 * sum(parameter.numel() for parameter in draft.parameters())
 
 
+CACHE = ("feature_cache", "feature_cache_gb")
 # Settings that may differ between a run and its continuation: they change nothing that was computed.
-FREE_SETTINGS = ("out", "log_every", "checkpoint_every", "keep_checkpoints", "export", "image_root")
+FREE_SETTINGS = ("out", "log_every", "checkpoint_every", "keep_checkpoints", "export", "image_root", *CACHE)
 
 
 def load_checkpoint(out: Path, draft: ViSpecDraft, optimizer: torch.optim.Optimizer, config: dict[str, Any]) -> int:

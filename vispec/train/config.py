@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 import json
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, astuple, dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
+from vispec.train.losses import STAGES, LossWeights
 from vispec.tree import MAX_TOP_K
 
 # Learning rates of the published runs.
 LEARNING_RATES = {1: 3e-5, 2: 3e-6}
 USED_CONFIG = "training.json"
+ROLLOUTS = ("whole", "chains")
+WEIGHTS = ("feature_weight", "cross_entropy_weight", "distance_weight", "ranking_weight")
 
 
 @dataclass(frozen=True)
@@ -27,6 +30,10 @@ class FitConfig:
         head_size: the draft proposes only so many tokens, those that the answers hold most; None: the vocabulary of
             `draft`, or the whole one.
         mtp_steps: passes on the draft's own output after the first one; None: 0 in stage 1, 1 in stage 2.
+        mtp_warmup: share of the steps over which the passes rise evenly from one to all.
+        rollout: "whole": in later passes every row reads the draft's own output, as published; "chains": only as many
+            rows as a chain of drafted tokens has, which is what a generation computes.
+        feature_weight, cross_entropy_weight, distance_weight, ranking_weight: of the loss; None: the stage's own.
         epochs: times every sample is seen; `max_steps` ends sooner.
         batch_size: samples an optimizer step, over all processes and micro-batches.
         micro_batch_size: samples in one forward pass of one process.
@@ -37,6 +44,9 @@ class FitConfig:
         clip_value: every gradient element is clipped to [-clip_value, clip_value].
         noise: uniform noise on the target's features.
         bf16: the draft computes in bfloat16 under autocast; its weights stay float32 while they are trained.
+        feature_cache_gb: what the target made of samples is kept on disk, up to so many gigabytes (10^9 bytes); 0: it
+            reads every sample anew. The result is the same bit for bit.
+        feature_cache: the folder of it, which runs over one target may share; None: `features` in `out`.
         gradient_checkpointing: the draft's layer is computed again in the backward pass.
         loss_chunk: positions whose logits exist at one time.
         max_target_loss: nats a token above which the target's loss on its own answers is absurd; None: half of
@@ -55,6 +65,12 @@ class FitConfig:
     num_queries: int = 2
     head_size: int | None = None
     mtp_steps: int | None = None
+    mtp_warmup: float = 0.0
+    rollout: str = "whole"
+    feature_weight: float | None = None
+    cross_entropy_weight: float | None = None
+    distance_weight: float | None = None
+    ranking_weight: float | None = None
     epochs: int = 20
     max_steps: int | None = None
     batch_size: int = 16
@@ -66,6 +82,8 @@ class FitConfig:
     clip_value: float = 0.5
     noise: bool = True
     bf16: bool = False
+    feature_cache_gb: float = 0.0
+    feature_cache: str | None = None
     gradient_checkpointing: bool = False
     loss_chunk: int = 128
     max_target_loss: float | None = None
@@ -82,6 +100,7 @@ class FitConfig:
         if self.stage not in LEARNING_RATES:
             raise ValueError(f"fit: stage must be 1 or 2, got {self.stage}")
         least = {"num_queries": 0, "max_length": 3, "clip_value": 0, "warmup_epochs": 0, "weight_decay": 0}
+        least |= dict.fromkeys((*WEIGHTS, "feature_cache_gb", "mtp_warmup"), 0)
         least |= {"mtp_steps": 0, "max_steps": 1, "seed": 0, "head_size": MAX_TOP_K}
         ones = ("epochs", "batch_size", "micro_batch_size", "loss_chunk", "log_every", "checkpoint_every")
         least |= dict.fromkeys((*ones, "keep_checkpoints"), 1)
@@ -89,6 +108,12 @@ class FitConfig:
             value = getattr(self, name)
             if value is not None and value < bound:
                 raise ValueError(f"fit: {name} must be at least {bound}, got {value}")
+        if self.rollout not in ROLLOUTS:
+            raise ValueError(f"fit: rollout must be one of {', '.join(ROLLOUTS)}, got {self.rollout!r}")
+        if self.mtp_warmup > 1:
+            raise ValueError(f"fit: mtp_warmup must be at most 1, got {self.mtp_warmup}")
+        if not any(astuple(self.loss_weights)):
+            raise ValueError("fit: at least one loss weight must be above 0, got none")
         if self.learning_rate is not None and not self.learning_rate > 0:
             raise ValueError(f"fit: learning_rate must be above 0, got {self.learning_rate}")
 
@@ -97,6 +122,18 @@ class FitConfig:
         """Passes of the draft over each sample."""
         steps = self.stage - 1 if self.mtp_steps is None else self.mtp_steps
         return 1 + steps
+
+    def passes_of(self, number: int, steps: int) -> int:
+        """Passes in step `number` of 1 to `steps`, fewer than all while they rise."""
+        if number > self.mtp_warmup * steps:
+            return self.passes
+        return 1 + int((number - 1) / (self.mtp_warmup * steps) * (self.passes - 1))
+
+    @property
+    def loss_weights(self) -> LossWeights:
+        """The stage's weights, but for those that are given."""
+        given = {name.removesuffix("_weight"): getattr(self, name) for name in WEIGHTS}
+        return replace(STAGES[self.stage], **{name: value for name, value in given.items() if value is not None})
 
     @property
     def peak_learning_rate(self) -> float:

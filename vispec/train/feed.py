@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import random
+import time
 from collections import Counter
 from pathlib import Path
 from typing import Any
@@ -13,11 +14,12 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from vispec.targets import Target
+from vispec.train.cache import FeatureCache
 from vispec.train.collect import target_description
 from vispec.train.config import FitConfig
 from vispec.train.data import Sample, read_dataset, read_manifest
-from vispec.train.inputs import merge_inputs, sample_inputs
-from vispec.train.rows import feature_noise, read_target, supervised_rows
+from vispec.train.inputs import sample_inputs
+from vispec.train.rows import Reading, feature_noise, read_target, supervised_rows
 from vispec.train.sources import ImageStore, UnusableSample
 
 # Samples whose loss under the target is looked at before training.
@@ -49,10 +51,12 @@ class Feed:
     Raises: ValueError for answers of another model, and where no sample has a row to train.
     """
 
-    def __init__(self, target: Target, processor: Any, config: FitConfig) -> None:
+    def __init__(self, target: Target, processor: Any, config: FitConfig, cache: FeatureCache | None = None) -> None:
         self.target = target
         self.processor = processor
         self.config = config
+        self.cache = cache
+        self._told_of_disk = False
         self.manifest = read_manifest(config.data)
         own, known = target_description(target), self.manifest["settings"].get("target")
         if known != own:
@@ -77,18 +81,42 @@ class Feed:
         size = self.config.batch_size
         return [self.samples[index] for index in order[place * size : (place + 1) * size].tolist()]
 
-    def inputs(self, samples: list[Sample]) -> tuple[list[dict[str, Tensor]], list[Sample]]:
-        """The model's inputs of those samples whose pictures can be read."""
-        found, kept = [], []
+    def read(self, samples: list[Sample]) -> tuple[list[Reading], list[Sample], float]:
+        """What the target makes of those samples whose pictures can be read, those samples, and its seconds.
+
+        The target reads one sample at a time: its features then depend on nothing else in the batch, and there is
+        no padding to read.
+        """
+        found, kept, seconds = [], [], 0.0
         for sample in samples:
             try:
-                found.append(sample_inputs(self.processor, self.store, sample, self.config.max_length))
-                kept.append(sample)
+                reading, own_seconds = self._reading(sample)
             except UnusableSample as error:
                 if sample.index not in self._unreadable:
                     self._unreadable.add(sample.index)
                     self._skip(error.reason, f"{sample.name}: {error.detail}")
-        return found, kept
+                continue
+            found.append(reading)
+            kept.append(sample)
+            seconds += own_seconds
+        return found, kept, seconds
+
+    def _reading(self, sample: Sample) -> tuple[Reading, float]:
+        known = None if self.cache is None else self.cache.get(sample)
+        if known is not None:
+            return known, 0.0
+        inputs = sample_inputs(self.processor, self.store, sample, self.config.max_length)
+        started = time.perf_counter()
+        (reading,) = read_target(self.target, inputs)
+        if reading.features.is_cuda:
+            torch.cuda.synchronize()
+        seconds = time.perf_counter() - started
+        if self.cache is not None:
+            self.cache.put(sample, inputs["input_ids"][0].to(self.target.device), reading)
+            if self.cache.full_disk and not self._told_of_disk:
+                self._told_of_disk = True
+                self._lines.append(f"disk is full: no more features are kept in {self.cache.folder}")
+        return reading, seconds
 
     def new_skips(self) -> list[str]:
         """A line for each sample skipped since the last call."""
@@ -109,17 +137,15 @@ class Feed:
         limit = math.log(self.target.vocabulary) / 2 if limit is None else limit
         sums, count = 0.0, 0
         for sample in self.samples[:CHECKED_SAMPLES]:
-            inputs = self.inputs([sample])[0]
-            if not inputs:
-                continue
-            reading = read_target(self.target, merge_inputs(inputs))
-            start, stop = len(sample.prompt), reading.lengths[0]
-            with torch.no_grad():
-                for place in range(start, stop, self.config.loss_chunk):
-                    end = min(place + self.config.loss_chunk, stop)
-                    logits = self.target.head(reading.features[0, place - 1 : end - 1]).float()
-                    sums += float(F.cross_entropy(logits, reading.tokens[0, place:end], reduction="sum"))
-            count += stop - start
+            for reading in self.read([sample])[0]:
+                start, stop = len(sample.prompt), reading.length
+                tokens = torch.tensor(sample.answer[: stop - start], device=self.target.device)
+                with torch.no_grad():
+                    for place in range(start, stop, self.config.loss_chunk):
+                        end = min(place + self.config.loss_chunk, stop)
+                        logits = self.target.head(reading.features[place - 1 : end - 1]).float()
+                        sums += float(F.cross_entropy(logits, tokens[place - start : end - start], reduction="sum"))
+                count += stop - start
         if count and not sums / count <= limit:
             raise ValueError(
                 f"fit: the target's loss on its own answers must be at most {limit:.2f} nats a token, got "

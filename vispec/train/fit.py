@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import time
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +16,8 @@ import vispec
 from vispec.drafts import ViSpecDraft
 from vispec.drafts.head import DraftHead
 from vispec.targets import Target, load_target
+from vispec.train.cache import FeatureCache
+from vispec.train.chains import chain_passes
 from vispec.train.checkpoint import (
     export_published,
     finished_draft,
@@ -27,14 +29,14 @@ from vispec.train.collect import target_description
 from vispec.train.config import FitConfig
 from vispec.train.data import Sample, dataset_totals
 from vispec.train.feed import Feed
-from vispec.train.inputs import merge_inputs
 from vispec.train.log import TrainingLog
 from vispec.train.losses import PARTS, summed_loss
 from vispec.train.processes import Processes
-from vispec.train.rows import draft_passes, read_target, supervised_rows
+from vispec.train.rows import supervised_rows, whole_passes
 
 BETAS = (0.9, 0.95)
 LISTED_SKIPS = 20
+PASSES = {"whole": whole_passes, "chains": chain_passes}
 # Parts of the draft that text alone does not train.
 PICTURE_PARTS = ("imadpt.", "img_fc.")
 
@@ -90,7 +92,7 @@ class _Trainer:
         self.config = config
         self.processes = processes
         self.out = Path(config.out)
-        self.feed = Feed(target, processor, config)
+        self.feed = Feed(target, processor, config, self._cache())
         self.draft = starting_draft(config, target, self.feed.token_counts)
         self.head = DraftHead(target.head, self.draft.head_tokens)
         named = self.draft.named_parameters()
@@ -99,6 +101,19 @@ class _Trainer:
         self.parameters = [parameter.requires_grad_(True) for parameter in trained]
         self.optimizer = torch.optim.AdamW(
             self.parameters, config.peak_learning_rate, betas=BETAS, weight_decay=config.weight_decay
+        )
+
+    def _cache(self) -> FeatureCache | None:
+        config = self.config
+        if not config.feature_cache_gb:
+            return None
+        return FeatureCache(
+            Path(config.feature_cache or self.out / "features"),
+            int(config.feature_cache_gb * 1e9),
+            self.target,
+            inside_pictures=config.num_queries == 0,
+            longest=config.max_length,
+            shares=self.processes.count,
         )
 
     def run(self, resume: bool, console: Console | None) -> FitReport:
@@ -182,7 +197,7 @@ class _Trainer:
         return {
             "step": number,
             "epoch": (number - 1) // self.feed.steps_per_epoch + 1,
-            **{name: value / rows for name, value in zip(PARTS, sums, strict=False)},
+            **self._parts(sums, rows),
             "learning_rate": rate,
             "gradient_norm": norm,
             "rows": int(rows),
@@ -195,30 +210,37 @@ class _Trainer:
     def _micro_batch(self, samples: list[Sample], number: int) -> Tensor:
         """Adds a micro-batch's gradients. Returns the summands of a step, [len(PARTS) + 4] float64."""
         config = self.config
-        inputs, kept = self.feed.inputs(samples)
+        readings, kept, target_seconds = self.feed.read(samples)
         skipped = len(samples) - len(kept)
         if not kept:
             return torch.tensor([0.0] * (len(PARTS) + 2) + [skipped, 0.0], dtype=torch.float64)
-        started = time.perf_counter()
-        reading = read_target(self.target, merge_inputs(inputs))
-        if reading.features.is_cuda:
-            torch.cuda.synchronize()
-        target_seconds = time.perf_counter() - started
-        supervised = [supervised_rows(sample, config.max_length) for sample in kept]
-        noises = self.feed.noises(kept, reading.lengths, number)
+        lengths = [reading.length for reading in readings]
         with torch.autocast(self.target.device.type, torch.bfloat16, enabled=config.bf16):
-            predicted, wanted = draft_passes(
+            said = PASSES[config.rollout](
                 self.draft,
-                reading,
-                supervised,
-                passes=config.passes,
-                noises=noises,
+                readings,
+                [supervised_rows(sample, config.max_length) for sample in kept],
+                passes=config.passes_of(number, self.feed.steps),
+                noises=self.feed.noises(kept, lengths, number),
                 checkpointed=config.gradient_checkpointing,
             )
-        loss, parts = summed_loss(config.stage, torch.stack(predicted), wanted, self.head, config.loss_chunk)
+        loss, parts = summed_loss(
+            config.loss_weights,
+            said.predicted,
+            said.wanted,
+            self.head,
+            counted=said.counted,
+            chunk=config.loss_chunk,
+        )
         loss.backward()
-        counts = [len(wanted), sum(reading.lengths), skipped, target_seconds]
+        counts = [len(said.wanted), sum(lengths), skipped, target_seconds]
         return torch.cat([parts.double().cpu(), torch.tensor(counts, dtype=torch.float64)])
+
+    def _parts(self, sums: list[float], rows: float) -> dict[str, float | None]:
+        """The loss and its parts a row; None for those that were not computed."""
+        weights = asdict(self.config.loss_weights)
+        found = {name: value / rows for name, value in zip(PARTS, sums, strict=False)}
+        return {name: value if weights.get(name, 1) or name == "feature" else None for name, value in found.items()}
 
     def _gradient(self, rows: float) -> float:
         """Makes sums over rows into the mean over all processes' rows, clipped. Returns the norm before clipping."""

@@ -19,7 +19,8 @@ COLUMNS = (
     "epoch",
     "loss",
     "feature",
-    "distribution",
+    "cross_entropy",
+    "distance",
     "ranking",
     "learning_rate",
     "gradient_norm",
@@ -94,14 +95,15 @@ class TrainingLog:
             return [row for row in csv.DictReader(file) if None not in row.values() and None not in row]
 
     def add(self, row: dict[str, Any]) -> None:
-        """Adds one row with the names of `COLUMNS`."""
-        written = {name: f"{value:.8g}" if isinstance(value, float) else str(value) for name, value in row.items()}
+        """Adds one row with the names of `COLUMNS`; None where nothing was computed."""
+        written = {name: _written(value) for name, value in row.items()}
         self._writer.writerow(written)
         self._file.flush()
         self._rows.append(written)
         if self._board is not None:
             for name in COLUMNS[2:]:
-                self._board.add_scalar(name, row[name], row["step"])
+                if row[name] is not None:
+                    self._board.add_scalar(name, row[name], row["step"])
         if self._live is not None:
             self._live.update(self._table(), refresh=True)
         elif self._console is not None:
@@ -127,6 +129,12 @@ class TrainingLog:
         for row in self._rows[-SHOWN_ROWS:]:
             table.add_row(*(row[name] for name in COLUMNS))
         return table
+
+
+def _written(value: float | int | None) -> str:
+    if value is None:
+        return ""
+    return f"{value:.8g}" if isinstance(value, float) else str(value)
 
 
 def _board(folder: Path, step: int) -> Any:

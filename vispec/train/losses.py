@@ -1,13 +1,13 @@
 """The losses of both training stages, over chunks of positions.
 
-Dimension letters: N supervised positions, C hidden units, V vocabulary.
+Dimension letters: P passes, N supervised positions, C hidden units, V tokens of the draft's vocabulary.
 Source: EAGLE (arXiv 2401.15077) for the text stage, ViSpec (arXiv 2509.15235) for the vision stage; ListMLE is
 Xia et al., "Listwise approach to learning to rank" (ICML 2008).
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from dataclasses import astuple, dataclass
 from typing import Any
 
 import torch
@@ -17,60 +17,79 @@ from torch import Tensor
 from vispec.drafts.head import DraftHead
 
 RANKED_TOKENS = 10
-# Stage 1: SmoothL1 + 0.1 * (cross-entropy + 0.1 * ListMLE).
-TEXT_DISTRIBUTION_WEIGHT = 0.1
-TEXT_RANKING_WEIGHT = 0.1
-# Stage 2: 10 * L1 of probabilities + 0.1 * ListMLE.
-VISION_DISTRIBUTION_WEIGHT = 10.0
-VISION_RANKING_WEIGHT = 0.1
-PARTS = ("loss", "feature", "distribution", "ranking")
+PARTS = ("loss", "feature", "cross_entropy", "distance", "ranking")
 
 
-def soft_cross_entropy(logits: Tensor, target_logits: Tensor) -> Tensor:
-    """Cross-entropy of each position with the target's distribution: [N, V] twice to [N]."""
-    return -(target_logits.softmax(-1) * logits.log_softmax(-1)).sum(-1)
+@dataclass(frozen=True)
+class LossWeights:
+    """How much each part counts; a part that weighs nothing is not computed, but for the features' distance.
+
+    Attributes:
+        feature: SmoothL1 of the features, mean over units.
+        cross_entropy: with the target's distribution.
+        distance: sum over the vocabulary of |p_draft - p_target|, from 0 to 2.
+        ranking: ListMLE over the target's top 10.
+    """
+
+    feature: float
+    cross_entropy: float
+    distance: float
+    ranking: float
 
 
-def probability_distance(logits: Tensor, target_logits: Tensor) -> Tensor:
-    """Sum over the vocabulary of |p_draft - p_target|, from 0 to 2: [N, V] twice to [N]."""
-    return (logits.softmax(-1) - target_logits.softmax(-1)).abs().sum(-1)
+STAGES = {
+    1: LossWeights(feature=1.0, cross_entropy=0.1, distance=0.0, ranking=0.01),
+    2: LossWeights(feature=0.0, cross_entropy=0.0, distance=10.0, ranking=0.1),
+}
 
 
-def list_mle(logits: Tensor, target_logits: Tensor, top: int = RANKED_TOKENS) -> Tensor:
+def list_mle(scores: Tensor) -> Tensor:
     """Negative log-likelihood, under the draft, of the order in which the target ranks its own top tokens.
 
-    Plackett-Luce over those tokens alone: the sum over i of log(sum over j >= i of exp(s_j)) - s_i, where s are
-    the draft's logits in the target's order. Shapes: [N, V] twice to [N]. A smaller vocabulary is ranked whole.
+    Plackett-Luce over those tokens alone: the sum over i of log(sum over j >= i of exp(s_j)) - s_i.
+    Shapes: `scores` [N, K], the draft's logits of the K tokens, the target's best first; returns [N].
     """
-    ranked = target_logits.topk(min(top, logits.shape[-1]), dim=-1).indices
-    scores = logits.gather(-1, ranked)
     remaining = scores.flip(-1).logcumsumexp(-1).flip(-1)
     return (remaining - scores).sum(-1)
 
 
-def text_parts(predicted: Tensor, wanted: Tensor, logits: Tensor, target_logits: Tensor) -> Tensor:
-    """Sums over N positions of stage 1's loss and its parts, [4] in the order of `PARTS`."""
-    feature = F.smooth_l1_loss(predicted, wanted, reduction="none").mean(-1).sum()
-    entropy = soft_cross_entropy(logits, target_logits).sum()
-    ranking = list_mle(logits, target_logits).sum()
-    loss = feature + TEXT_DISTRIBUTION_WEIGHT * (entropy + TEXT_RANKING_WEIGHT * ranking)
-    return torch.stack([loss, feature, entropy, ranking])
+class _Known:
+    """What the target says of a chunk of positions, computed once for all passes."""
+
+    def __init__(self, logits: Tensor, ranked: bool) -> None:
+        self.ranked = logits.topk(min(RANKED_TOKENS, logits.shape[-1]), dim=-1).indices if ranked else None
+        self.probabilities = logits.softmax(-1)
 
 
-def vision_parts(predicted: Tensor, wanted: Tensor, logits: Tensor, target_logits: Tensor) -> Tensor:
-    """Sums over N positions of stage 2's loss and its parts, [4] in the order of `PARTS`.
+def _vocabulary_parts(logits: Tensor, known: _Known, weights: LossWeights) -> tuple[list[Tensor], Tensor]:
+    """Cross-entropy, distance and ranking of each position, [n] each, and the gradient of their weighted sum.
 
-    The feature's own distance is only reported: it is no part of this loss.
+    By hand, because autograd would keep several [n, V] tensors and pass over them again. `logits` is overwritten.
     """
-    with torch.no_grad():
-        feature = F.smooth_l1_loss(predicted, wanted, reduction="none").mean(-1).sum()
-    distance = probability_distance(logits, target_logits).sum()
-    ranking = list_mle(logits, target_logits).sum()
-    loss = VISION_DISTRIBUTION_WEIGHT * distance + VISION_RANKING_WEIGHT * ranking
-    return torch.stack([loss, feature, distance, ranking])
-
-
-STAGES: dict[int, Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]] = {1: text_parts, 2: vision_parts}
+    zero = logits.new_zeros(len(logits))
+    entropy, distance, ranking, scattered = zero, zero, zero, None
+    if weights.ranking:
+        with torch.enable_grad():
+            scores = logits.gather(-1, known.ranked).requires_grad_()
+            ranking = list_mle(scores)
+            (scattered,) = torch.autograd.grad(ranking.sum(), scores)
+        ranking = ranking.detach()
+    target = known.probabilities
+    if weights.cross_entropy:
+        entropy = logits.logsumexp(-1) - (target * logits).sum(-1)
+    own = torch.softmax(logits, -1)
+    gradient = torch.sub(own, target, out=logits)
+    if weights.distance:
+        signs = gradient.sign()
+        distance = gradient.abs().sum(-1)
+        # The derivative of softmax: q (s - sum of q s).
+        slope = own * (signs - (own * signs).sum(-1, keepdim=True))
+        gradient = gradient.mul_(weights.cross_entropy).add_(slope, alpha=weights.distance)
+    else:
+        gradient = gradient.mul_(weights.cross_entropy)
+    if scattered is not None:
+        gradient.scatter_add_(-1, known.ranked, weights.ranking * scattered)
+    return [entropy, distance, ranking], gradient
 
 
 class _ChunkedLoss(torch.autograd.Function):
@@ -78,21 +97,36 @@ class _ChunkedLoss(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, predicted: Tensor, wanted: Tensor, weight: Tensor, bias: Tensor | None, stage: int, chunk: int
+        ctx: Any,
+        predicted: Tensor,
+        wanted: Tensor,
+        counted: Tensor | None,
+        weight: Tensor,
+        bias: Tensor | None,
+        weights: LossWeights,
+        chunk: int,
     ) -> tuple[Tensor, Tensor]:
         total = torch.zeros(len(PARTS), dtype=torch.float64, device=predicted.device)
         gradient = torch.empty_like(predicted)
+        factors = predicted.new_tensor(astuple(weights), dtype=torch.float64)
         for start in range(0, wanted.shape[0], chunk):
             place = slice(start, start + chunk)
-            targets = wanted[place]
-            target_logits = F.linear(targets.to(weight.dtype), weight, bias).float()
+            targets = wanted[place].float()
+            known = _Known(F.linear(wanted[place].to(weight.dtype), weight, bias).float(), bool(weights.ranking))
             for number, rows in enumerate(predicted[:, place]):
-                with torch.enable_grad():
-                    rows = rows.detach().requires_grad_()
-                    logits = F.linear(rows.to(weight.dtype), weight, bias).float()
-                    parts = STAGES[stage](rows.float(), targets.float(), logits, target_logits)
-                    (gradient[number, place],) = torch.autograd.grad(parts[0], rows)
-                total += parts.detach()
+                logits = F.linear(rows.to(weight.dtype), weight, bias).float()
+                spoken, slope = _vocabulary_parts(logits, known, weights)
+                distance = rows.float() - targets
+                feature = F.smooth_l1_loss(rows.float(), targets, reduction="none").mean(-1)
+                own = torch.stack([feature, *spoken], 1)
+                slope = (slope.to(weight.dtype) @ weight).float()
+                slope += distance.clamp_(-1, 1).mul_(weights.feature / distance.shape[-1])
+                if counted is not None:
+                    keep = counted[number, place, None]
+                    own, slope = own * keep, slope * keep
+                gradient[number, place] = slope.to(gradient.dtype)
+                sums = own.double().sum(0)
+                total += torch.cat([(factors * sums).sum()[None], sums])
         ctx.save_for_backward(gradient)
         total = total.float()
         ctx.mark_non_differentiable(total)
@@ -101,11 +135,17 @@ class _ChunkedLoss(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, scale: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
         (gradient,) = ctx.saved_tensors
-        return gradient * scale.to(gradient.dtype), None, None, None, None, None
+        return gradient * scale.to(gradient.dtype), *[None] * 6
 
 
 def summed_loss(
-    stage: int, predicted: Tensor, wanted: Tensor, head: torch.nn.Module | DraftHead, chunk: int = 128
+    weights: LossWeights,
+    predicted: Tensor,
+    wanted: Tensor,
+    head: torch.nn.Module | DraftHead,
+    *,
+    counted: Tensor | None = None,
+    chunk: int = 128,
 ) -> tuple[Tensor, Tensor]:
     """A stage's loss, summed over P passes and N positions, with its gradient; and the sums of its parts.
 
@@ -118,20 +158,21 @@ def summed_loss(
     lies outside still teaches that.
 
     Shapes: `predicted` [P, N, C] and `wanted` [N, C], any float dtype; `head` the target's linear output layer, or
-    the part of it that the draft may propose from.
-    Returns: the loss, a scalar, and its parts [4] in the order of `PARTS`, without a gradient; float32.
-    Raises: ValueError for an unknown stage, other shapes, or a chunk below 1.
+    the part of it that the draft may propose from; `counted` [P, N] bool, the positions of each pass that count
+    (None: all).
+    Returns: the loss, a scalar, and its parts [5] in the order of `PARTS`, without a gradient; float32.
+    Raises: ValueError for other shapes, or a chunk below 1.
     """
-    if stage not in STAGES:
-        raise ValueError(f"summed_loss: stage must be one of {sorted(STAGES)}, got {stage}")
     if predicted.ndim != 3 or predicted.shape[1:] != wanted.shape:
         raise ValueError(
             "summed_loss: predicted and wanted must be [P, N, C] and [N, C], "
             f"got {tuple(predicted.shape)} and {tuple(wanted.shape)}"
         )
+    if counted is not None and counted.shape != predicted.shape[:2]:
+        raise ValueError(f"summed_loss: counted must be {tuple(predicted.shape[:2])}, got {tuple(counted.shape)}")
     if chunk < 1:
         raise ValueError(f"summed_loss: chunk must be at least 1, got {chunk}")
     bias = getattr(head, "bias", None)
     bias = None if bias is None else bias.detach()
     with torch.autocast(predicted.device.type, enabled=False):
-        return _ChunkedLoss.apply(predicted, wanted.detach(), head.weight.detach(), bias, stage, chunk)
+        return _ChunkedLoss.apply(predicted, wanted.detach(), counted, head.weight.detach(), bias, weights, chunk)

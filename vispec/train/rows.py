@@ -25,24 +25,25 @@ NOISE_LENGTH = 512
 
 @dataclass
 class Reading:
-    """What the target made of a batch of samples, padded on the right.
+    """What the target made of one sample.
 
     Attributes:
-        tokens: [B, S] int64.
-        lengths: tokens of each sample.
-        features: [B, S, C], the decoder's output after its final norm.
-        embeddings: [B, S, C], the rows that the decoder read, pictures merged.
-        spans: pictures of each sample, in order.
+        features: [S, C], the decoder's output after its final norm.
+        embeddings: [S, C], the rows that the decoder read, pictures merged.
+        spans: its pictures, in order.
     """
 
-    tokens: Tensor
-    lengths: list[int]
     features: Tensor
     embeddings: Tensor
-    spans: list[list[Span]]
+    spans: list[Span]
+
+    @property
+    def length(self) -> int:
+        """Tokens of prompt and answer, S."""
+        return len(self.features)
 
 
-def read_target(target: Target, inputs: Mapping[str, Tensor]) -> Reading:
+def read_target(target: Target, inputs: Mapping[str, Tensor]) -> list[Reading]:
     """Runs the frozen target over whole samples, prompt and answer, padded on the right; keeps no cache.
 
     Raises: ValueError for padding on the left.
@@ -54,9 +55,11 @@ def read_target(target: Target, inputs: Mapping[str, Tensor]) -> Reading:
         raise ValueError("read_target: samples must be padded on the right, got padding on the left")
     with torch.no_grad(), target.session():
         captured = target.read(inputs, use_cache=False)
-    tokens = inputs["input_ids"]
-    spans = target.spans(tokens, lengths, inputs)
-    return Reading(tokens, lengths.tolist(), captured.features, captured.embeddings, spans)
+    spans = target.spans(inputs["input_ids"], lengths, inputs)
+    return [
+        Reading(captured.features[row, :length], captured.embeddings[row, :length], spans[row])
+        for row, length in enumerate(lengths.tolist())
+    ]
 
 
 def supervised_rows(sample: Sample, longest: int | None = None) -> range:
@@ -79,45 +82,78 @@ def feature_noise(length: int, width: int, seed: int) -> Tensor:
     return (torch.rand(length, width, generator=generator) - 0.5) * (NOISE_WIDTH * NOISE_LENGTH / length)
 
 
-def draft_passes(
+@dataclass
+class Passes:
+    """What a draft said in its passes over a batch of samples, N supervised rows in all, sample by sample.
+
+    Attributes:
+        predicted: [P, N, C], the features that each pass predicts.
+        wanted: [N, C], the target's features.
+        counted: [P, N] bool, the rows that count in each pass; None: all.
+    """
+
+    predicted: Tensor
+    wanted: Tensor
+    counted: Tensor | None = None
+
+
+@dataclass
+class Laid:
+    """One sample laid out for the draft: row i holds the feature of token i and the embedding of token i + 1."""
+
+    features: Tensor
+    embeddings: Tensor
+    spans: list[Span]
+    supervised: range
+
+    @classmethod
+    def out(cls, reading: Reading, supervised: range, noise: Tensor | None, dtype: torch.dtype) -> Laid:
+        """Lays a sample out in the draft's dtype, with noise [S, C] on its features."""
+        features = reading.features[:-1].to(dtype)
+        if noise is not None:
+            features = features + noise[:-1].to(features)
+        return cls(features, reading.embeddings[1:].to(dtype), reading.spans, supervised)
+
+
+def lay_out(
+    readings: Sequence[Reading], supervised: Sequence[range], noises: Sequence[Tensor] | None, dtype: torch.dtype
+) -> tuple[list[Laid], Tensor]:
+    """Samples as the draft takes them, and the features [N, C] that their supervised rows predict."""
+    if noises is None:
+        noises = [None] * len(readings)
+    laid = [Laid.out(*one, dtype) for one in zip(readings, supervised, noises, strict=True)]
+    pairs = zip(readings, supervised, strict=True)
+    return laid, torch.cat([reading.features[rows.start + 1 : rows.stop + 1] for reading, rows in pairs])
+
+
+def whole_passes(
     draft: ViSpecDraft,
-    reading: Reading,
+    readings: Sequence[Reading],
     supervised: Sequence[range],
     *,
     passes: int = 1,
     noises: Sequence[Tensor] | None = None,
     checkpointed: bool = False,
-) -> tuple[list[Tensor], Tensor]:
+) -> Passes:
     """Runs the draft over whole samples: once on the target's features, then on its own output.
 
-    In every pass after the first, a row reads the output of the row before it where it read the target's feature
-    (the first row keeps that one): this is what drafting does from its second level on. Gradients flow through.
+    In every pass after the first, each row reads the output of the row before it where it read the target's feature
+    (the first row keeps that one). Gradients flow through. `chains.chain_passes` keeps closer to drafting.
 
     Args:
         supervised: for each sample the rows that count.
         passes: 1 + mtp_steps.
-        noises: for each sample noise [S_b, C] on the features of the first pass.
+        noises: for each sample noise [S, C] on the features of the first pass.
         checkpointed: computes the layer again in the backward pass instead of keeping it.
 
-    Returns: for each pass the predicted features [N, C] of the supervised rows, sample by sample; and the target's
-    features [N, C] that they predict.
+    Source: ViSpec (arXiv 2509.15235), section 3.4.
     """
-    weight = draft.fc.weight
-    counts = [length - 1 for length in reading.lengths]
-    wanted, embeddings, features = [], [], []
-    for index, count in enumerate(counts):
-        known = reading.features[index, :count].to(weight.dtype)
-        if noises is not None:
-            known = known + noises[index][:count].to(known)
-        features.append(known)
-        embeddings.append(reading.embeddings[index, 1 : count + 1].to(weight.dtype))
-        rows = supervised[index]
-        wanted.append(reading.features[index, rows.start + 1 : rows.stop + 1])
+    laid, wanted = lay_out(readings, supervised, noises, draft.fc.weight.dtype)
     predicted: list[Tensor] = []
     for number in range(passes):
         rows, places = [], []
-        for index in range(len(counts)):
-            row, place, _ = draft.prompt_rows(embeddings[index], features[index], reading.spans[index])
+        for one in laid:
+            row, place, _ = draft.prompt_rows(one.embeddings, one.features, one.spans)
             rows.append(row)
             places.append(place)
         hidden = pad_sequence(rows, batch_first=True)
@@ -125,11 +161,11 @@ def draft_passes(
         # Padding lies behind every row, where a causal layer does not look.
         output = checkpoint(draft, hidden, positions, use_reentrant=False) if checkpointed else draft(hidden, positions)
         kept = []
-        for index, place in enumerate(places):
+        for index, (one, place) in enumerate(zip(laid, places, strict=True)):
             own = output[index, : len(place)]
-            kept.append(own[(place >= supervised[index].start) & (place < supervised[index].stop)])
+            kept.append(own[(place >= one.supervised.start) & (place < one.supervised.stop)])
             if number + 1 < passes:
                 # A compressed row stands for the end of its span, so the row after it reads its output.
-                features[index] = features[index].index_copy(0, place[:-1] + 1, own[:-1].to(features[index].dtype))
+                one.features = one.features.index_copy(0, place[:-1] + 1, own[:-1].to(one.features.dtype))
         predicted.append(torch.cat(kept))
-    return predicted, torch.cat(wanted)
+    return Passes(torch.stack(predicted), wanted)
