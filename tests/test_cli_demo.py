@@ -98,6 +98,24 @@ def test_demo_is_a_model_of_generate(tiny_demo, folder, capsys):
     assert json.loads(capsys.readouterr().out)["tokens"] == expected("llava", folder, ["red.png"], 6)
 
 
+def test_other_weights_of_the_demos_model(folder, tmp_path, monkeypatch, capsys):
+    """A model in the making: its weights in a folder, and no draft made for it."""
+    asked = []
+
+    def load_target(dtype, device, weights):
+        asked.append(weights)
+        return tiny.build("llava").model, make_processor(chat=True)
+
+    monkeypatch.setattr(demo, "load_target", load_target)
+    argv = ["generate", "--model", f"demo:{tmp_path}", "--image", str(folder / "red.png"), "--prompt", PROMPT, "--json"]
+    assert main([*argv, "--max-new-tokens", "6"]) == 2
+    assert "demo:FOLDER must name a folder that holds smollava.safetensors" in capsys.readouterr().err
+    (tmp_path / "smollava.safetensors").write_bytes(b"")
+    assert main([*argv, "--max-new-tokens", "6"]) == 0
+    assert json.loads(capsys.readouterr().out)["tokens"] == expected("llava", folder, ["red.png"], 6)
+    assert asked == [tmp_path]
+
+
 def test_doctor_reports_what_is_here(capsys):
     assert main(["doctor", "--json"]) == 0
     report = json.loads(capsys.readouterr().out)

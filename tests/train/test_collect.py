@@ -16,6 +16,7 @@ from tests.saved import make_processor, make_tokenizer
 from tests.train.conftest import COLLECT, EXTENSION, NEW_TOKENS, make_model
 from vispec import ViSpecDraft
 from vispec.train import CollectConfig, collect, open_source
+from vispec.train.collect import _BreakOff, repeated
 from vispec.train.data import read_dataset, read_manifest
 from vispec.train.inputs import merge_inputs, sample_inputs
 from vispec.train.sources import ImageStore, UnusableSample
@@ -40,9 +41,9 @@ def test_answers_are_plain_generations(world):
     assert samples[0].kind == "even"
 
 
-@pytest.mark.parametrize("temperature", (0.0, 0.8))
-def test_batches_shards_and_a_draft_change_nothing(world, tmp_path, temperature):
-    config = replace(COLLECT, temperature=temperature, max_new_tokens=10)
+@pytest.mark.parametrize("temperatures", ((0.0,), (0.8,), (0.7, 0.0, 0.7)))
+def test_batches_shards_and_a_draft_change_nothing(world, tmp_path, temperatures):
+    config = replace(COLLECT, temperatures=temperatures, max_new_tokens=10, max_repeated=0.6)
     found = []
     draft = ViSpecDraft.for_target(world.model)
     for number, (batch, shard, own) in enumerate(((1, 10, None), (4, 3, None), (3, 10, draft))):
@@ -50,6 +51,84 @@ def test_batches_shards_and_a_draft_change_nothing(world, tmp_path, temperature)
         collect(world.model, world.processor, open_source(world.requests), tmp_path / f"{number}", sized, draft=own)
         found.append(read_dataset(tmp_path / f"{number}"))
     assert found[0] == found[1] == found[2]
+
+
+def test_an_answer_at_each_temperature(world, tmp_path):
+    config = replace(COLLECT, temperatures=(0.0, 0.9, 0.9))
+    totals = collect(world.model, world.processor, open_source(world.requests), tmp_path / "out", config, limit=4)
+    samples, _ = read_dataset(tmp_path / "out")
+    greedy = read_dataset(world.answers)[0]
+    assert totals["samples"] == 12 and [sample.index for sample in samples] == list(range(12))
+    for row in range(4):
+        first, second, third = samples[3 * row : 3 * row + 3]
+        assert replace(first, index=row) == greedy[row]
+        assert first.prompt == second.prompt == third.prompt and second.answer != third.answer != first.answer
+    # A later run goes further, to the same answers.
+    collect(world.model, world.processor, open_source(world.requests), tmp_path / "out", config, limit=6)
+    collect(world.model, world.processor, open_source(world.requests), tmp_path / "once", config, limit=6)
+    assert read_dataset(tmp_path / "out") == read_dataset(tmp_path / "once")
+
+
+def test_looping_answers_are_broken_off_and_skipped(world, tmp_path, monkeypatch):
+    """A model of six words repeats itself, here more and there less."""
+    source, model = open_source(world.requests), make_model().model
+    model.generation_config.suppress_tokens = [token for token in range(tiny.VOCABULARY) if not 20 <= token < 26]
+    config = replace(COLLECT, max_new_tokens=60)
+    collect(model, world.processor, source, tmp_path / "all", config)
+    answers = {sample.index: sample.answer for sample in read_dataset(tmp_path / "all")[0]}
+    shares = {index: max(repeated(answer), repeated(answer[-32:])) for index, answer in answers.items()}
+    limit = sorted(shares.values())[4] + 1e-9
+    assert min(shares.values()) < limit < max(shares.values()), "some loop and some do not"
+    module, written = importlib.import_module("vispec.train.collect"), []
+    check = module._check_answer
+    monkeypatch.setattr(module, "_check_answer", lambda answer, *more: written.append(answer) or check(answer, *more))
+    config = replace(config, max_repeated=limit)
+    totals = collect(model, world.processor, source, tmp_path / "kept", config)
+    samples, skips = read_dataset(tmp_path / "kept")
+    assert totals["skipped"] == {"looping answer": len(skips)} and skips
+    for sample in samples:
+        assert sample.answer == answers[sample.index] and shares[sample.index] <= limit
+    assert {skip.index for skip in skips} >= {index for index, share in shares.items() if share > limit}
+    short = [answer for answer in written if len(answer) < 60 and answer[-1] != tiny.EOS]
+    assert short and all(repeated(answer[-32:]) > limit for answer in short if len(answer) >= 32)
+
+
+def test_what_a_loop_is():
+    assert repeated([1, 2, 3]) == repeated([]) == repeated(range(50)) == 0
+    assert repeated([7] * 10) == pytest.approx(6 / 7) and repeated([1, 2, 3, 4] * 2) == pytest.approx(1 / 5)
+    config = CollectConfig(max_repeated=0.4)
+    # As a whole it says everything twice; its end alone does not.
+    assert config.loops([*range(40), *range(40)]) and not config.loops(list(range(80)))
+    assert config.loops([*range(200), *[1, 2, 3] * 9]) and not config.loops([*range(200), *[1, 2, 3] * 2])
+    stop = _BreakOff(config, placeholders=[9])
+    # A picture's placeholders, and a short question behind them.
+    assert not stop(torch.tensor([[1] + [9] * 40 + [2, 3, 4, 5, 6]]), None)
+    assert stop(torch.tensor([[1] + [9] * 40 + [2, 3] * 12]), None)
+    assert not CollectConfig().loops([7] * 100)
+
+
+def test_the_sources_own_answers_are_read(world, tmp_path):
+    rows = [
+        {"image": "0.png", "prompt": "w4", "answer": "w5 w6 w10"},
+        {"conversations": [{"from": "human", "value": "w4"}, {"from": "gpt", "value": "w11 w12 w13 w14"}]},
+        {"prompt": "w4"},
+        {"prompt": "w4", "answer": " ".join(["w9"] * 40)},
+        {"prompt": "w4", "answer": " ".join(f"w{number}" for number in range(20, 60))},
+    ]
+    path = tmp_path / "rows.jsonl"
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    (tmp_path / "0.png").write_bytes((world.root / "0.png").read_bytes())
+    config = replace(COLLECT, read=True, temperatures=(0.0, 0.7), max_repeated=0.3)
+    totals = collect(world.model, world.processor, open_source(path), tmp_path / "out", config)
+    samples, _ = read_dataset(tmp_path / "out")
+    assert totals["skipped"] == {"no answer": 1, "looping answer": 1} and totals["cut_answers"] == 1
+    words = world.processor.tokenizer.convert_tokens_to_ids
+    assert samples[0].answer == (*words(["w5", "w6", "w10"]), tiny.EOS) and samples[0].ended
+    assert samples[1].answer == (*words(["w11", "w12", "w13", "w14"]), tiny.EOS)
+    assert len(samples[2].answer) == NEW_TOKENS and not samples[2].ended
+    assert tuple(sample_inputs(world.processor, ImageStore(tmp_path), samples[0])["input_ids"][0].tolist()) == (
+        samples[0].prompt + samples[0].answer
+    )
 
 
 def test_a_killed_run_goes_on(world, tmp_path, monkeypatch):
@@ -163,7 +242,10 @@ def test_batches_of_pictures_with_other_sizes():
     assert merged["pixel_values"].shape == (3, 4, 3) and float(merged["pixel_values"].sum()) == 2 * 3 + 24
 
 
-@pytest.mark.parametrize(("name", "value"), (("max_new_tokens", 1), ("batch_size", 0), ("temperature", -1.0)))
+@pytest.mark.parametrize(
+    ("name", "value"),
+    (("max_new_tokens", 1), ("batch_size", 0), ("temperatures", (-1.0,)), ("temperatures", ()), ("max_repeated", 0.0)),
+)
 def test_bad_settings(name, value):
-    with pytest.raises(ValueError, match=f"collect: {name} must be at least"):
+    with pytest.raises(ValueError, match=f"collect: {name} must be (at least|above 0)"):
         CollectConfig(**{name: value})

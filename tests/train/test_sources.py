@@ -47,6 +47,8 @@ def test_a_jsonl_file(tmp_path):
         [["IMAGE", "What?"], ["A cat."], ["Sure?"]],
         [["x", "IMAGE"]],
     ]
+    assert [found[index].answer for index in range(5)] == [None, None, None, "Yes.", None]
+    assert parse_request({"prompt": "What?", "answer": "That."}, "row").answer == "That."
     assert found[0].name == "a" and found[0].kind == "photo" and found[1].name == "row 1"
     assert found[1].images == ("a.png", "b.png")
     assert [message["role"] for message in found[3].messages] == ["user", "assistant", "user"]

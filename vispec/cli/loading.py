@@ -91,6 +91,8 @@ def find_device(name: str) -> torch.device:
 def load(model: str, draft: str | None, *, dtype: str = "auto", device: str = "auto", quiet: bool = False) -> Loaded:
     """Loads what `--model` and `--draft` name; no draft gives plain decoding on our engine.
 
+    `demo:FOLDER` is SmolLaVA with the projector and the language model's update of FOLDER/smollava.safetensors.
+
     Raises: CommandError and what the loaders raise for files that are missing or broken.
     """
     transformers.utils.logging.set_verbosity_error()
@@ -98,6 +100,8 @@ def load(model: str, draft: str | None, *, dtype: str = "auto", device: str = "a
     wanted = None if dtype == "auto" else getattr(torch, dtype)
     if model == DEMO:
         return load_demo(wanted, place, draft, quiet)
+    if model.startswith(f"{DEMO}:"):
+        return _load_other_demo(Path(model.removeprefix(f"{DEMO}:")), wanted, place, draft, quiet)
     local = Path(model).is_dir()
     if not local and (Path(model).is_absolute() or model.count("/") > 1):
         raise CommandError(f"--model must be a folder or a hub id of the form owner/name, got {model}")
@@ -129,6 +133,20 @@ def load_demo(dtype: torch.dtype | None, device: torch.device, draft: str | None
         if own is None:
             print("demo: no draft is shipped; decoding plainly", file=sys.stderr)
         return Loaded(found, own, processor)
+    return Loaded(found, _draft(draft, found), processor)
+
+
+def _load_other_demo(
+    weights: Path, dtype: torch.dtype | None, device: torch.device, draft: str | None, quiet: bool
+) -> Loaded:
+    """SmolLaVA with other weights, for which no draft is shipped."""
+    from vispec.demo import load_target
+
+    if not (weights / "smollava.safetensors").is_file():
+        raise CommandError(f"--model {DEMO}:FOLDER must name a folder that holds smollava.safetensors, got {weights}")
+    transformers.utils.logging.disable_progress_bar()
+    with progress(f"loading SmolLaVA with {weights}", quiet):
+        found, processor = load_target(dtype, device, weights=weights)
     return Loaded(found, _draft(draft, found), processor)
 
 

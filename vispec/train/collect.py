@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
+from itertools import groupby
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -23,6 +24,7 @@ from vispec.train.sources import ImageStore, Request, Source, UnusableSample
 EXTENSION = "Please answer with at least 1000 words."
 # A row is trained on the token after the answer's first, so a shorter answer teaches nothing.
 SHORTEST_ANSWER = 3
+LOOP_TOKENS = 32
 
 
 @dataclass(frozen=True)
@@ -32,10 +34,13 @@ class CollectConfig:
     Attributes:
         extension: put behind the last user turn, so that answers are long; "" leaves prompts as they are.
         max_new_tokens: an answer that reaches it is cut, and counted.
-        temperature: 0 is greedy.
+        temperatures: each request is answered once at each; 0 is greedy.
         top_p: of sampling.
         seed: sample i is drawn with seed + i, so batches and resumption change nothing.
+        read: the source's own answers are taken, and the target only reads them while a draft is fitted.
         keep_cut: whether cut answers are kept.
+        max_repeated: an answer loops where a larger share of its 4-grams, or of those of its last 32 tokens, occurred
+            before; it is broken off and skipped. 1: none does.
         shortest_answer: answers of fewer tokens are skipped.
         batch_size: prompts generated together.
         shard_size: requests a shard, which is what a killed run loses at most.
@@ -43,10 +48,12 @@ class CollectConfig:
 
     extension: str = EXTENSION
     max_new_tokens: int = 1024
-    temperature: float = 0.0
+    temperatures: tuple[float, ...] = (0.0,)
     top_p: float = 1.0
     seed: int = 0
+    read: bool = False
     keep_cut: bool = True
+    max_repeated: float = 1.0
     shortest_answer: int = SHORTEST_ANSWER
     batch_size: int = 4
     shard_size: int = 64
@@ -55,15 +62,45 @@ class CollectConfig:
         for name, least in (("max_new_tokens", 2), ("shortest_answer", 2), ("batch_size", 1), ("shard_size", 1)):
             if getattr(self, name) < least:
                 raise ValueError(f"collect: {name} must be at least {least}, got {getattr(self, name)}")
-        if self.temperature < 0:
-            raise ValueError(f"collect: temperature must be at least 0, got {self.temperature}")
+        if not self.temperatures or min(self.temperatures) < 0:
+            raise ValueError(f"collect: temperatures must be at least 0, got {list(self.temperatures)}")
+        if not 0 < self.max_repeated <= 1:
+            raise ValueError(f"collect: max_repeated must be above 0 and at most 1, got {self.max_repeated}")
 
-    def options(self) -> dict[str, Any]:
+    @property
+    def answers(self) -> int:
+        """Answers to each request."""
+        return 1 if self.read else len(self.temperatures)
+
+    def options(self, temperature: float) -> dict[str, Any]:
         """Generation options for `fast_generate`."""
-        if not self.temperature:
-            return {"max_new_tokens": self.max_new_tokens, "do_sample": False}
-        sampling = {"do_sample": True, "temperature": self.temperature, "top_k": 0, "top_p": self.top_p}
-        return {"max_new_tokens": self.max_new_tokens, **sampling}
+        found: dict[str, Any] = {"max_new_tokens": self.max_new_tokens, "do_sample": False}
+        if temperature:
+            found |= {"do_sample": True, "temperature": temperature, "top_k": 0, "top_p": self.top_p}
+        return found
+
+    def loops(self, answer: Sequence[int]) -> bool:
+        """Whether an answer loops, as a whole or at its end."""
+        return max(repeated(answer), repeated(answer[-LOOP_TOKENS:])) > self.max_repeated
+
+
+def repeated(tokens: Sequence[int]) -> float:
+    """The share of a text's 4-grams that occurred before in it."""
+    grams = [tuple(tokens[start : start + 4]) for start in range(len(tokens) - 3)]
+    return 1 - len(set(grams)) / len(grams) if grams else 0.0
+
+
+class _BreakOff:
+    """A stopping criterion: the last tokens loop. What stands before an answer counts, back to the last picture."""
+
+    def __init__(self, config: CollectConfig, placeholders: Sequence[int]) -> None:
+        self.config = config
+        self.placeholders = frozenset(placeholders)
+
+    def __call__(self, history: Tensor, scores: object) -> bool:
+        tokens = history[0, -LOOP_TOKENS:].tolist()
+        seen = [place for place, token in enumerate(tokens) if token in self.placeholders]
+        return repeated(tokens[seen[-1] + 1 :] if seen else tokens) > self.config.max_repeated
 
 
 class Prepared(NamedTuple):
@@ -73,6 +110,7 @@ class Prepared(NamedTuple):
     request: Request
     text: str
     inputs: dict[str, Tensor]
+    temperature: float = 0.0
 
 
 def prepare(
@@ -121,7 +159,7 @@ def collect(
     target = load_target(model)
     writer = DatasetWriter(folder, _settings(target, source, config))
     store = ImageStore(source.image_root)
-    last = len(source) if limit is None else min(limit, len(source))
+    last = config.answers * (len(source) if limit is None else min(limit, len(source)))
     done = writer.next_index
     with collect_progress(console, done, last) as progress:
         started, tokens = time.perf_counter(), 0
@@ -141,7 +179,7 @@ def collect(
 
 
 def _settings(target: Target, source: Source, config: CollectConfig) -> dict[str, Any]:
-    settings = asdict(config)
+    settings = {**asdict(config), "temperatures": list(config.temperatures)}
     del settings["batch_size"], settings["shard_size"]
     return {
         **settings,
@@ -173,19 +211,21 @@ def _shard(
     prepared: list[Prepared] = []
     samples: list[Sample] = []
     skips: list[Skip] = []
-    names = {index: f"row {index}" for index in indices}
+    ready: dict[int, Prepared | Skip] = {}
     for index in indices:
-        try:
-            request = source[index]
-            names[index] = request.name
-            prepared.append(prepare(index, request, processor, store, target, config.extension, config.max_new_tokens))
-        except UnusableSample as error:
-            skips.append(Skip(index, names[index], error.reason, error.detail))
-    # Prompts of like length together need the least padding.
-    prepared.sort(key=lambda one: (one.inputs["input_ids"].shape[1], one.index))
-    for first in range(0, len(prepared), config.batch_size):
-        batch = prepared[first : first + config.batch_size]
-        for one, (answer, ended) in zip(batch, _answers(target, draft, batch, config), strict=True):
+        row, place = divmod(index, config.answers)
+        if row not in ready:
+            ready[row] = _prepared(row, target, processor, source, store, config)
+        one = ready[row]
+        if isinstance(one, Skip):
+            skips.append(replace(one, index=index))
+        else:
+            prepared.append(one._replace(index=index, temperature=config.temperatures[place]))
+    # Of one temperature, as a batch must be; and prompts of like length together need the least padding.
+    prepared.sort(key=lambda one: (one.temperature, one.inputs["input_ids"].shape[1], one.index))
+    for batch in _batches(prepared, config.batch_size):
+        answers = _read(target, processor, batch, config) if config.read else _answers(target, draft, batch, config)
+        for one, (answer, ended) in zip(batch, answers, strict=True):
             try:
                 _check_answer(answer, ended, target, config)
             except UnusableSample as error:
@@ -197,6 +237,43 @@ def _shard(
                 Sample(one.index, request.name, request.images, one.text, prompt, answer, ended, request.kind)
             )
     return samples, skips
+
+
+def _prepared(
+    row: int, target: Target, processor: Any, source: Source, store: ImageStore, config: CollectConfig
+) -> Prepared | Skip:
+    """One request of the source, or why it cannot be used."""
+    name = f"row {row}"
+    try:
+        request = source[row]
+        name = request.name
+        if config.read and not request.answer:
+            raise UnusableSample("no answer", f"{name} has none of answer, messages, conversations that end with one")
+        return prepare(row, request, processor, store, target, config.extension, config.max_new_tokens)
+    except UnusableSample as error:
+        return Skip(row, name, error.reason, error.detail)
+
+
+def _batches(prepared: Sequence[Prepared], size: int) -> Iterator[Sequence[Prepared]]:
+    """Runs of at most `size` requests of one temperature."""
+    for _, group in groupby(prepared, key=lambda one: one.temperature):
+        rows = list(group)
+        for first in range(0, len(rows), size):
+            yield rows[first : first + size]
+
+
+def _read(
+    target: Target, processor: Any, batch: Sequence[Prepared], config: CollectConfig
+) -> list[tuple[tuple[int, ...], bool]]:
+    """The source's own answers as the target would have written them: their tokens, and an end token."""
+    tokenizer = getattr(processor, "tokenizer", processor)
+    ends = resolve_settings(target.model, batch[0].inputs["input_ids"], config.options(0.0)).eos_token_ids
+    found = []
+    for one in batch:
+        tokens = tokenizer(one.request.answer, add_special_tokens=False)["input_ids"]
+        whole = [*tokens, *ends[:1]][: config.max_new_tokens]
+        found.append((tuple(whole), whole[-1] in ends))
+    return found
 
 
 def _answers(
@@ -211,14 +288,21 @@ def _answers(
             row.extend(tokens)
 
     seeds = [config.seed + one.index for one in batch]
-    fast_generate(target, draft, inputs, seed=seeds, on_round=keep, **config.options())
-    ends = resolve_settings(target.model, inputs["input_ids"], config.options()).eos_token_ids
+    options = config.options(batch[0].temperature)
+    if config.max_repeated < 1:
+        options["stopping_criteria"] = [_BreakOff(config, target.placeholder_tokens)]
+    fast_generate(target, draft, inputs, seed=seeds, on_round=keep, **options)
+    ends = resolve_settings(target.model, inputs["input_ids"], options).eos_token_ids
     return [(tuple(row), row[-1] in ends) for row in emitted]
 
 
 def _check_answer(answer: tuple[int, ...], ended: bool, target: Target, config: CollectConfig) -> None:
     if len(answer) < config.shortest_answer:
         raise UnusableSample("short answer", f"{len(answer)} tokens")
+    # Without an end below the limit, it was broken off.
+    broken_off = not ended and len(answer) < config.max_new_tokens
+    if config.loops(answer) or broken_off:
+        raise UnusableSample("looping answer", f"{len(answer)} tokens, {repeated(answer):.2f} of its 4-grams repeated")
     if not ended and not config.keep_cut:
         raise UnusableSample("cut answer", f"{len(answer)} tokens without an end")
     if set(answer) & set(target.placeholder_tokens):

@@ -33,7 +33,7 @@ def add_commands(subparsers: Any) -> None:
 def add_train_commands(commands: Any) -> None:
     """Adds `collect`, `fit` and `eval` to some subparsers."""
     shared = argparse.ArgumentParser(add_help=False)
-    shared.add_argument("--model", required=True, help="folder, hub id, or demo")
+    shared.add_argument("--model", required=True, help="folder, hub id, demo, or demo:FOLDER")
     shared.add_argument("--dtype", choices=DTYPES, default="auto", help="of the model; auto: as published")
     shared.add_argument("--device", default="auto", help="auto: a GPU where there is one")
     shared.add_argument("--quiet", action="store_true", help="show no progress")
@@ -60,9 +60,24 @@ def _collect_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--out", required=True, help="folder of the data set; an unfinished one is continued")
     parser.add_argument("--draft", help="an earlier draft, which makes it faster")
     parser.add_argument("--max-new-tokens", type=int, default=default.max_new_tokens, metavar="N")
-    parser.add_argument("--temperature", type=float, default=default.temperature, help="0 (the default) is greedy")
+    parser.add_argument(
+        "--temperatures",
+        type=float,
+        nargs="+",
+        default=list(default.temperatures),
+        metavar="T",
+        help="an answer at each; 0 (the default) is greedy",
+    )
     parser.add_argument("--top-p", type=float, default=default.top_p, metavar="P")
     parser.add_argument("--seed", type=int, default=default.seed)
+    parser.add_argument("--read", action="store_true", help="take the source's own answers instead of writing any")
+    parser.add_argument(
+        "--max-repeated",
+        type=float,
+        default=default.max_repeated,
+        metavar="SHARE",
+        help="skip answers of which a larger share of 4-grams occurred before; 1 (the default) keeps them",
+    )
     parser.add_argument("--drop-cut", action="store_true", help="skip answers that reach the limit")
     parser.add_argument("--shortest-answer", type=int, default=default.shortest_answer, metavar="N")
     parser.add_argument("--batch-size", type=int, default=default.batch_size, metavar="N")
@@ -105,7 +120,9 @@ def _load(arguments: argparse.Namespace, draft: str = "", device: str | None = N
 def _collect(arguments: argparse.Namespace) -> int:
     """Let the target write answers to prompts about pictures."""
     names = [field.name for field in fields(CollectConfig) if field.name != "keep_cut"]
-    config = CollectConfig(**{name: getattr(arguments, name) for name in names}, keep_cut=not arguments.drop_cut)
+    given = {name: getattr(arguments, name) for name in names}
+    given["temperatures"] = tuple(given["temperatures"])
+    config = CollectConfig(**given, keep_cut=not arguments.drop_cut)
     source = open_source(arguments.source, image_root=arguments.image_root, split=arguments.split)
     loaded = _load(arguments, arguments.draft or "")
     totals = collect(

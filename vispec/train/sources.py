@@ -43,12 +43,14 @@ class Request:
         messages: the conversation up to the last user turn; `content` is a list of ``{"type": "image"}`` and
             ``{"type": "text", "text": ...}``.
         kind: the source's own word for the kind of picture, where it has one.
+        answer: the source's own answer, where it has one.
     """
 
     name: str
     images: tuple[str, ...]
     messages: tuple[dict[str, Any], ...]
     kind: str | None = None
+    answer: str | None = None
 
 
 class Source:
@@ -97,6 +99,8 @@ def open_source(name: str | Path, *, image_root: str | Path | None = None, split
 def parse_request(row: Any, name: str) -> Request:
     """Reads one row: `image` or `images`, and `prompt`, `question`, `messages` or LLaVA's `conversations`.
 
+    Its own answer is `answer`, or the turns behind the last user turn.
+
     A first user turn without `<image>` gets its pictures in front of its text.
     Raises: UnusableSample.
     """
@@ -113,8 +117,11 @@ def parse_request(row: Any, name: str) -> Request:
             raise UnusableSample("no prompt", f"{name} has none of prompt, question, messages, conversations")
         turns = [{"role": "user", "content": text}]
     messages = [_message(turn, name) for turn in turns]
+    behind: list[dict[str, Any]] = []
     while messages and messages[-1]["role"] != "user":
-        messages.pop()
+        behind.insert(0, messages.pop())
+    spoken = [part["text"] for message in behind for part in message["content"] if part["type"] == "text"]
+    answer = row.get("answer") or " ".join(spoken)
     if not messages:
         raise UnusableSample("no prompt", f"{name} has no user turn")
     places = sum(part["type"] == "image" for message in messages for part in message["content"])
@@ -124,7 +131,8 @@ def parse_request(row: Any, name: str) -> Request:
     elif places != len(images):
         raise UnusableSample("placeholders", f"{name} has {places} {PLACEHOLDER} for {len(images)} pictures")
     kind = row.get("kind")
-    return Request(str(row.get("id", name)), tuple(images), tuple(messages), None if kind is None else str(kind))
+    kind = None if kind is None else str(kind)
+    return Request(str(row.get("id", name)), tuple(images), tuple(messages), kind, str(answer) if answer else None)
 
 
 def _message(turn: Any, name: str) -> dict[str, Any]:
