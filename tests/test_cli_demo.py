@@ -107,7 +107,8 @@ def test_other_weights_of_the_demos_model(folder, tmp_path, monkeypatch, capsys)
         return tiny.build("llava").model, make_processor(chat=True)
 
     monkeypatch.setattr(demo, "load_target", load_target)
-    argv = ["generate", "--model", f"demo:{tmp_path}", "--image", str(folder / "red.png"), "--prompt", PROMPT, "--json"]
+    argv = ["generate", "--model", f"demo:{tmp_path}", "--no-draft", "--json"]
+    argv += ["--image", str(folder / "red.png"), "--prompt", PROMPT]
     assert main([*argv, "--max-new-tokens", "6"]) == 2
     assert "demo:FOLDER must name a folder that holds smollava.safetensors" in capsys.readouterr().err
     (tmp_path / "smollava.safetensors").write_bytes(b"")

@@ -2,6 +2,17 @@
 
 from vispec.drafts.base import Draft, DraftSession
 from vispec.drafts.checkpoint import load_draft
+from vispec.drafts.lookup import PromptLookupDraft
+from vispec.drafts.medusa import MedusaDraft, MedusaDraftConfig
 from vispec.drafts.vispec import ViSpecDraft, ViSpecDraftConfig
 
-__all__ = ["Draft", "DraftSession", "ViSpecDraft", "ViSpecDraftConfig", "load_draft"]
+__all__ = [
+    "Draft",
+    "DraftSession",
+    "MedusaDraft",
+    "MedusaDraftConfig",
+    "PromptLookupDraft",
+    "ViSpecDraft",
+    "ViSpecDraftConfig",
+    "load_draft",
+]

@@ -2,13 +2,23 @@
 
 from __future__ import annotations
 
-from typing import Protocol, runtime_checkable
+from typing import Any, Protocol, runtime_checkable
 
 from torch import Tensor
 
 from vispec.prompt import Prompt
 from vispec.targets import Target
 from vispec.tree import DraftTree, TreeConfig
+
+
+def check_sizes(config: Any, target: Target) -> None:
+    """Raises ValueError where a draft's hidden size or vocabulary is not this target's."""
+    for name, wanted in (("hidden_size", target.hidden_size), ("vocab_size", target.vocabulary)):
+        own = getattr(config, name)
+        if own != wanted:
+            raise ValueError(
+                f"draft: made for another target: {name} must be {wanted} ({type(target.model).__name__}), got {own}"
+            )
 
 
 class DraftSession(Protocol):

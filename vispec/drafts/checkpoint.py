@@ -1,9 +1,10 @@
-"""Reading drafts: published ViSpec checkpoints, our own, and EAGLE-1/2."""
+"""Reading drafts: published ViSpec checkpoints, our own, EAGLE-1/2, and what they are compared with."""
 
 from __future__ import annotations
 
 import json
 import pickle
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -12,16 +13,21 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor
 
+from vispec.drafts.lookup import PromptLookupDraft
+from vispec.drafts.medusa import MedusaDraft, MedusaDraftConfig
 from vispec.drafts.vispec import ViSpecDraft, ViSpecDraftConfig
 from vispec.targets import load_target
 
 SAFETENSORS = "model.safetensors"
 PICKLE = "pytorch_model.bin"
+PROMPT_LOOKUP = "prompt-lookup"
 # Buffers that some exporters write and that follow from the config.
 DERIVED = ("layers.0.self_attn.rotary_emb.inv_freq",)
 
 
-def load_draft(folder_or_hub_id: str | Path, target: Any, *, local_files_only: bool = False) -> ViSpecDraft:
+def load_draft(
+    folder_or_hub_id: str | Path, target: Any, *, local_files_only: bool = False
+) -> ViSpecDraft | MedusaDraft | PromptLookupDraft:
     """Loads a draft for a target, in the target's dtype and on its device.
 
     Reads `config.json` beside `model.safetensors` or `pytorch_model.bin` (the latter as plain tensors only). What
@@ -30,7 +36,7 @@ def load_draft(folder_or_hub_id: str | Path, target: Any, *, local_files_only: b
 
     Args:
         folder_or_hub_id: a folder, or a repository of the Hugging Face hub such as
-            ``JLKang/ViSpec-Qwen2.5-VL-7B-Instruct``.
+            ``JLKang/ViSpec-Qwen2.5-VL-7B-Instruct``; or ``prompt-lookup``, which has no weights.
         target: the Hugging Face model that the draft was made for.
         local_files_only: do not ask the hub for what is not in the local cache.
 
@@ -39,6 +45,8 @@ def load_draft(folder_or_hub_id: str | Path, target: Any, *, local_files_only: b
         ValueError: a corrupt or unsafe file, tensors missing or left over, or a draft made for another target.
     """
     target = load_target(target)
+    if str(folder_or_hub_id) == PROMPT_LOOKUP:
+        return PromptLookupDraft()
     folder = _folder(folder_or_hub_id, local_files_only)
     config_file = folder / "config.json"
     if not config_file.is_file():
@@ -48,17 +56,25 @@ def load_draft(folder_or_hub_id: str | Path, target: Any, *, local_files_only: b
     except ValueError as error:
         raise ValueError(f"load_draft: {config_file} must be JSON: {error}") from error
     tensors = _read_tensors(folder)
-    config = _config(settings, tensors, folder)
+    if settings.get("architectures") == [MedusaDraft.__name__]:
+        draft = MedusaDraft(_medusa_config(settings))
+    else:
+        config = _config(settings, tensors, folder)
+        _drop_embedding(tensors, config)
+        draft = ViSpecDraft(config)
+    draft.check(target)
+    _fill(draft, tensors, folder)
+    return draft.to(device=target.device, dtype=target.dtype).eval().requires_grad_(False)
+
+
+def _drop_embedding(tensors: dict[str, Tensor], config: ViSpecDraftConfig) -> None:
+    """Published checkpoints carry the target's embedding, which the draft shares."""
     embedding = tensors.pop("embed_tokens.weight", None)
     if embedding is not None and embedding.shape != (config.vocab_size, config.hidden_size):
         raise ValueError(
             f"load_draft: embed_tokens.weight must be {(config.vocab_size, config.hidden_size)}, "
             f"got {tuple(embedding.shape)}"
         )
-    draft = ViSpecDraft(config)
-    draft.check(target)
-    _fill(draft, tensors, folder)
-    return draft.to(device=target.device, dtype=target.dtype).eval().requires_grad_(False)
 
 
 def _folder(name: str | Path, local_files_only: bool) -> Path:
@@ -101,9 +117,7 @@ def _config(settings: dict[str, Any], tensors: dict[str, Tensor], folder: Path) 
     for name in ("fc.weight", "layers.0.self_attn.k_proj.weight", "layers.0.mlp.gate_proj.weight"):
         if name not in tensors:
             raise ValueError(f"load_draft: {folder} must hold the tensor {name}: not a ViSpec or EAGLE draft")
-    for name in ("hidden_size", "num_attention_heads", "vocab_size"):
-        if not isinstance(settings.get(name), int):
-            raise ValueError(f"load_draft: config.json must give {name}, got {settings.get(name)!r}")
+    _check_numbers(settings, ("hidden_size", "num_attention_heads", "vocab_size"))
     heads, hidden = settings["num_attention_heads"], settings["hidden_size"]
     if hidden % heads:
         raise ValueError(f"load_draft: hidden_size must be a multiple of num_attention_heads, got {hidden} and {heads}")
@@ -121,13 +135,27 @@ def _config(settings: dict[str, Any], tensors: dict[str, Tensor], folder: Path) 
         rope_theta=settings.get("rope_theta") or rope.get("rope_theta", 10000.0),
         qkv_bias="layers.0.self_attn.q_proj.bias" in tensors,
         fc_bias="fc.bias" in tensors,
+        global_feature=settings.get("global_feature", True),
+        picture_rows=settings.get("picture_rows", True),
     )
 
 
-def _fill(draft: ViSpecDraft, tensors: dict[str, Tensor], folder: Path) -> None:
+def _medusa_config(settings: dict[str, Any]) -> MedusaDraftConfig:
+    names = ("hidden_size", "vocab_size", "num_heads")
+    _check_numbers(settings, names)
+    return MedusaDraftConfig(*(settings[name] for name in names))
+
+
+def _check_numbers(settings: dict[str, Any], names: Sequence[str]) -> None:
+    for name in names:
+        if not isinstance(settings.get(name), int):
+            raise ValueError(f"load_draft: config.json must give {name}, got {settings.get(name)!r}")
+
+
+def _fill(draft: ViSpecDraft | MedusaDraft, tensors: dict[str, Tensor], folder: Path) -> None:
     """Loads strictly; a text-only checkpoint has no `img_fc`, and [I | 0] stands for it."""
     optional = {"head_tokens"}
-    if draft.imadpt is None:
+    if isinstance(draft, ViSpecDraft) and draft.imadpt is None:
         optional |= {"img_fc.weight", "img_fc.bias"}
     own = draft.state_dict()
     tensors = {name: tensor for name, tensor in tensors.items() if name not in DERIVED}

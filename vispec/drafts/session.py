@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
-from vispec import ops
 from vispec.cache import GROWTH_SLOTS, KeyValueCache
+from vispec.drafts.growth import TreeGrower
 from vispec.drafts.head import DraftHead
 from vispec.prompt import Prompt
 from vispec.tree import DraftTree, TreeConfig
@@ -50,15 +50,6 @@ class DraftRuntime:
         return F.linear(torch.cat([embeddings, features], -1), self.input_weight) + constant
 
 
-class Frontier(NamedTuple):
-    """The nodes of one level that are expanded next, [B, K] each: see `ops.grow_level`."""
-
-    candidates: Tensor
-    rows: Tensor
-    tokens: Tensor
-    scores: Tensor
-
-
 class ViSpecSession:
     """See `vispec.drafts.base.DraftSession`.
 
@@ -74,10 +65,7 @@ class ViSpecSession:
         self.runtime = draft.runtime(target)
         self.embedding = target.embedding
         self._prefill(prompt, first_tokens)
-        batch, device = first_tokens.shape[0], first_tokens.device
-        self._candidate_tokens = torch.empty(batch, tree.candidates, dtype=torch.int64, device=device)
-        self._candidate_parents = torch.empty_like(self._candidate_tokens)
-        self._candidate_scores = torch.empty(batch, tree.candidates, dtype=torch.float32, device=device)
+        self._grower = TreeGrower(tree, self.runtime.head, len(first_tokens), first_tokens.device)
 
     def _prefill(self, prompt: Prompt, first_tokens: Tensor) -> None:
         first = self.embedding(first_tokens)
@@ -135,36 +123,19 @@ class ViSpecSession:
         """Grows the tree level by level; see `DraftSession.propose`. No loop runs over nodes."""
         batch, device = root_tokens.shape[0], root_tokens.device
         top_k = self.tree.top_k
-        root = Frontier(
-            candidates=torch.full((batch, 1), -1, dtype=torch.int64, device=device),
-            rows=torch.zeros(batch, 1, dtype=torch.int64, device=device),
-            tokens=root_tokens[:, None],
-            scores=torch.zeros(batch, 1, dtype=torch.float32, device=device),
-        )
-        frontier = self._grow(self._last[:, None], root, offset=0)
+        head = self.runtime.head
+        frontier = self._grower.grow(head(self._last[:, None]), self._grower.root(root_tokens), 0)
         parents = self._last[:, None].expand(-1, top_k, -1)
         own = torch.eye(top_k, dtype=torch.bool, device=device).expand(batch, -1, -1)
         ancestors = own
         for level in range(self.tree.depth):
             hidden = self._level(level, frontier.tokens, parents, ancestors)
-            frontier = self._grow(hidden, frontier, offset=top_k + level * top_k * top_k)
+            frontier = self._grower.grow(head(hidden), frontier, level + 1)
             if level + 1 < self.tree.depth:
                 picked = frontier.rows[:, :, None]
                 parents = hidden.gather(1, picked.expand(-1, -1, hidden.shape[-1]))
                 ancestors = torch.cat([ancestors.gather(1, picked.expand(*ancestors.shape)), own], dim=-1)
-        tree = DraftTree.empty(batch, self.tree.nodes, self.tree.longest_path, device)
-        ops.build_tree(
-            root_tokens,
-            self._candidate_tokens,
-            self._candidate_scores,
-            self._candidate_parents,
-            tokens=tree.tokens,
-            parents=tree.parents,
-            depths=tree.depths,
-            ancestors=tree.ancestors,
-            scores=tree.scores,
-        )
-        return tree
+        return self._grower.build(root_tokens)
 
     def _level(self, level: int, tokens: Tensor, parents: Tensor, ancestors: Tensor) -> Tensor:
         """One pass over a frontier: K rows at one position, each seeing the prompt, its ancestors and itself.
@@ -176,26 +147,3 @@ class ViSpecSession:
         self.cache.begin(top_k, offset=level * top_k)
         positions = (self._positions + level)[:, None].expand(-1, top_k)
         return self.draft(hidden, positions, self.cache.mask(ancestors, hidden.dtype), self.cache)
-
-    def _grow(self, hidden: Tensor, frontier: Frontier, offset: int) -> Frontier:
-        """Scores the children of a level's rows and picks the next frontier."""
-        batch, device = hidden.shape[0], hidden.device
-        following = Frontier(
-            *(torch.empty(batch, self.tree.top_k, dtype=torch.int64, device=device) for _ in range(3)),
-            scores=torch.empty(batch, self.tree.top_k, dtype=torch.float32, device=device),
-        )
-        ops.grow_level(
-            self.runtime.head(hidden),
-            frontier.scores,
-            frontier.candidates,
-            candidate_tokens=self._candidate_tokens,
-            candidate_scores=self._candidate_scores,
-            candidate_parents=self._candidate_parents,
-            offset=offset,
-            next_frontier=following.candidates,
-            next_rows=following.rows,
-            next_tokens=following.tokens,
-            next_scores=following.scores,
-            head_tokens=self.runtime.head.tokens,
-        )
-        return following

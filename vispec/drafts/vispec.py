@@ -7,18 +7,18 @@ P pieces of them, Q adaptor queries, V vocabulary.
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 import torch.nn.functional as F
-from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from vispec import ops
 from vispec.cache import KeyValueCache
+from vispec.drafts.base import check_sizes
+from vispec.drafts.files import write_draft
 from vispec.drafts.session import DraftRuntime, ViSpecSession
 from vispec.prompt import Prompt, Span
 from vispec.targets import Target, load_target
@@ -29,7 +29,9 @@ from vispec.tree import TreeConfig
 class ViSpecDraftConfig:
     """Sizes of a draft; `num_queries` 0 means no adaptor (EAGLE: image tokens go into the draft one by one).
 
-    `num_key_value_heads` None means full multi-head attention, as all ViSpec drafts have.
+    `num_key_value_heads` None means full multi-head attention, as all ViSpec drafts have. For comparison: without
+    `global_feature` later text knows a picture by its compressed rows alone; without `picture_rows`, and without an
+    adaptor, nothing of a picture goes into the draft.
     """
 
     hidden_size: int
@@ -42,6 +44,8 @@ class ViSpecDraftConfig:
     rope_theta: float = 10000.0
     qkv_bias: bool = False
     fc_bias: bool = True
+    global_feature: bool = True
+    picture_rows: bool = True
 
     @property
     def head_dim(self) -> int:
@@ -199,6 +203,8 @@ class ViSpecDraft(nn.Module):
                 "draft: hidden_size must be a multiple of num_attention_heads, got "
                 f"{config.hidden_size} and {config.num_attention_heads}"
             )
+        if config.num_queries and not config.picture_rows:
+            raise ValueError(f"draft: picture_rows must be true with an adaptor, got {config.num_queries} queries")
         self.config = config
         width = config.hidden_size
         self.fc = nn.Linear(2 * width, width, bias=config.fc_bias)
@@ -238,33 +244,12 @@ class ViSpecDraft(nn.Module):
 
     def save_pretrained(self, folder: str | Path) -> None:
         """Writes `config.json` and `model.safetensors` in the published layout, less the target's embedding."""
-        folder = Path(folder)
-        folder.mkdir(parents=True, exist_ok=True)
-        tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in self.state_dict().items()}
-        if not self.head_tokens.numel():
-            del tensors["head_tokens"]
-        save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
-        config = asdict(self.config)
-        config.update(
-            architectures=["ViSpecDraft"],
-            hidden_act="silu",
-            num_hidden_layers=1,
-            num_key_value_heads=self.config.key_value_heads,
-            torch_dtype=str(self.fc.weight.dtype).removeprefix("torch."),
-        )
-        (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n")
+        more = {"hidden_act": "silu", "num_hidden_layers": 1, "num_key_value_heads": self.config.key_value_heads}
+        write_draft(self, folder, more)
 
     def check(self, target: Target) -> None:
         """Raises ValueError where the sizes are not this target's."""
-        for name, own, wanted in (
-            ("hidden_size", self.config.hidden_size, target.hidden_size),
-            ("vocab_size", self.config.vocab_size, target.vocabulary),
-        ):
-            if own != wanted:
-                raise ValueError(
-                    f"draft: made for another target: {name} must be {wanted} "
-                    f"({type(target.model).__name__}), got {own}"
-                )
+        check_sizes(self.config, target)
 
     def combine(self, embeddings: Tensor, features: Tensor, visual: Tensor) -> Tensor:
         """The layer's input rows: x = fc([embedding of the next token ; img_fc([feature ; g])]), each [..., C]."""
@@ -322,7 +307,9 @@ class ViSpecDraft(nn.Module):
         positions = torch.arange(count, device=embeddings.device)
         visual = torch.zeros_like(embeddings[0])
         # Row i holds token i + 1, so in the draft's frame a span lies one to the left.
-        spans = [] if self.imadpt is None else [span.without_first_token().moved(-1) for span in spans]
+        spans = [span.without_first_token().moved(-1) for span in spans]
+        if self.imadpt is None and self.config.picture_rows:
+            spans = []
         if compressed is None:
             compressed = self.compress(embeddings, spans)
         rows, places, cursor = [], [], 0
@@ -332,14 +319,17 @@ class ViSpecDraft(nn.Module):
                 rows.append(self.combine(embeddings[start:stop], features[start:stop], visual.expand(stop - start, -1)))
                 places.append(positions[start:stop])
 
-        for span, (replacement, feature) in zip(spans, compressed, strict=True):
+        for index, span in enumerate(spans):
             stop = span.start + span.length
             text(cursor, span.start)
-            visual = feature
+            cursor = stop
+            if self.imadpt is None:
+                continue
+            replacement, feature = compressed[index]
+            visual = feature if self.config.global_feature else visual
             kept = min(len(replacement), span.length)
             rows.append(replacement[len(replacement) - kept :])
             places.append(positions[stop - kept : stop])
-            cursor = stop
         text(cursor, count)
         return torch.cat(rows), torch.cat(places), visual
 

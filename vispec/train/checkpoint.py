@@ -13,9 +13,9 @@ from typing import Any
 import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
-from torch import Tensor
+from torch import Tensor, nn
 
-from vispec.drafts import ViSpecDraft, load_draft
+from vispec.drafts import MedusaDraft, ViSpecDraft, load_draft
 from vispec.targets import Target
 from vispec.train.config import FitConfig
 
@@ -24,7 +24,7 @@ STATE_VERSION = 1
 
 
 def save_checkpoint(
-    out: Path, step: int, draft: ViSpecDraft, optimizer: torch.optim.Optimizer, config: dict[str, Any], keep: int
+    out: Path, step: int, draft: nn.Module, optimizer: torch.optim.Optimizer, config: dict[str, Any], keep: int
 ) -> Path:
     """Writes weights, optimizer and step under another name, then renames; deletes all but the newest `keep`.
 
@@ -58,17 +58,19 @@ def save_checkpoint(
     return folder
 
 
-def _size(draft: ViSpecDraft) -> int:
+def _size(draft: nn.Module) -> int:
     """Bytes that a checkpoint takes: the weights and AdamW's two moments, float32."""
     return 12 * sum(parameter.numel() for parameter in draft.parameters())
 
 
 CACHE = ("feature_cache", "feature_cache_gb")
+# What a run's config and a draft's have in common.
+SHAPES = ("num_queries", "global_feature", "picture_rows")
 # Settings that may differ between a run and its continuation: they change nothing that was computed.
 FREE_SETTINGS = ("out", "log_every", "checkpoint_every", "keep_checkpoints", "export", "image_root", *CACHE)
 
 
-def load_checkpoint(out: Path, draft: ViSpecDraft, optimizer: torch.optim.Optimizer, config: dict[str, Any]) -> int:
+def load_checkpoint(out: Path, draft: nn.Module, optimizer: torch.optim.Optimizer, config: dict[str, Any]) -> int:
     """Fills draft and optimizer from the newest checkpoint. Returns: its step.
 
     Raises: FileNotFoundError where there is none; ValueError for one of another config or version.
@@ -101,7 +103,7 @@ def frequent_tokens(counts: Tensor, size: int) -> Tensor:
     return order[:size].sort().values
 
 
-def starting_draft(config: FitConfig, target: Target, counts: Tensor) -> ViSpecDraft:
+def starting_draft(config: FitConfig, target: Target, counts: Tensor) -> ViSpecDraft | MedusaDraft:
     """The draft that training starts from, float32: fresh, or the config's own, with an adaptor where it had none.
 
     Its vocabulary is the one it came with, or the `head_size` tokens that the answers hold most.
@@ -109,24 +111,7 @@ def starting_draft(config: FitConfig, target: Target, counts: Tensor) -> ViSpecD
     Shapes: `counts` [V] int64, how often each token occurs in the answers.
     Raises: ValueError for another number of queries, and for a vocabulary of another size.
     """
-    if config.draft is None:
-        with torch.random.fork_rng():
-            torch.manual_seed(config.seed)
-            draft = ViSpecDraft.for_target(target, config.num_queries)
-    else:
-        draft = load_draft(config.draft, target)
-        if draft.config.num_queries not in (0, config.num_queries):
-            raise ValueError(
-                f"fit: num_queries must be {draft.config.num_queries} as in {config.draft}, got {config.num_queries}"
-            )
-        if draft.config.num_queries != config.num_queries:
-            # A text-only draft gets a fresh adaptor.
-            with torch.random.fork_rng():
-                torch.manual_seed(config.seed)
-                larger = ViSpecDraft(replace(draft.config, num_queries=config.num_queries))
-            larger.head_tokens = torch.empty_like(draft.head_tokens)
-            larger.load_state_dict({**larger.state_dict(), **draft.state_dict()})
-            draft = larger
+    draft = _fresh(config, target) if config.draft is None else _known(config, target)
     own = draft.head_tokens.numel()
     if own and config.head_size not in (None, own):
         raise ValueError(f"fit: head_size must be {own} as in {config.draft}, got {config.head_size}")
@@ -139,12 +124,48 @@ def starting_draft(config: FitConfig, target: Target, counts: Tensor) -> ViSpecD
     return draft.to(target.device, torch.float32).train()
 
 
-def finished_draft(draft: ViSpecDraft, dtype: torch.dtype) -> ViSpecDraft:
+def _fresh(config: FitConfig, target: Target) -> ViSpecDraft | MedusaDraft:
+    with torch.random.fork_rng():
+        torch.manual_seed(config.seed)
+        if config.kind == "medusa":
+            return MedusaDraft.for_target(target, config.passes)
+        draft = ViSpecDraft.for_target(target, config.num_queries)
+        # Neither of these has weights.
+        return _resized(draft, global_feature=config.global_feature, picture_rows=config.picture_rows)
+
+
+def _known(config: FitConfig, target: Target) -> ViSpecDraft | MedusaDraft:
+    """The draft that the config names, with a fresh adaptor where it had none and one is asked for."""
+    draft = load_draft(config.draft, target)
+    if isinstance(draft, MedusaDraft):
+        found, wanted = {"kind": "medusa", "heads": draft.config.num_heads}, {"heads": config.passes}
+    else:
+        if not draft.config.num_queries and config.num_queries:
+            with torch.random.fork_rng():
+                torch.manual_seed(config.seed)
+                draft = _resized(draft, num_queries=config.num_queries, picture_rows=True)
+        found = {"kind": "vispec", **{name: getattr(draft.config, name) for name in SHAPES}}
+        wanted = {name: getattr(config, name) for name in SHAPES}
+    for name, value in {"kind": config.kind, **wanted}.items():
+        if found[name] != value:
+            raise ValueError(f"fit: {name} must be {found[name]} as in {config.draft}, got {value}")
+    return draft
+
+
+def _resized(draft: ViSpecDraft, **changes: Any) -> ViSpecDraft:
+    """A draft of another config with the weights that both have."""
+    other = ViSpecDraft(replace(draft.config, **changes))
+    other.head_tokens = torch.empty_like(draft.head_tokens)
+    other.load_state_dict({**other.state_dict(), **draft.state_dict()})
+    return other
+
+
+def finished_draft(draft: ViSpecDraft | MedusaDraft, dtype: torch.dtype) -> ViSpecDraft | MedusaDraft:
     """A copy of the draft in the target's dtype, ready for use."""
-    copy = ViSpecDraft(draft.config)
+    copy = type(draft)(draft.config)
     copy.head_tokens = torch.empty_like(draft.head_tokens)
     copy.load_state_dict(draft.state_dict())
-    return copy.to(device=draft.fc.weight.device, dtype=dtype).eval().requires_grad_(False)
+    return copy.to(device=draft.head_tokens.device, dtype=dtype).eval().requires_grad_(False)
 
 
 def export_published(draft: ViSpecDraft, target: Target, folder: str | Path) -> None:

@@ -13,6 +13,8 @@ from vispec.tree import MAX_TOP_K
 # Learning rates of the published runs.
 LEARNING_RATES = {1: 3e-5, 2: 3e-6}
 USED_CONFIG = "training.json"
+KINDS = ("vispec", "medusa")
+MEDUSA_HEADS = 4
 ROLLOUTS = ("whole", "chains")
 WEIGHTS = ("feature_weight", "cross_entropy_weight", "distance_weight", "ranking_weight")
 
@@ -26,7 +28,10 @@ class FitConfig:
         out: folder for weights, checkpoints, log and the used config.
         stage: 1 (features, soft cross-entropy; no picture weights) or 2 (probabilities, self-rollout, pictures).
         draft: folder or hub id to start from; None: fresh weights.
+        kind: "vispec" (EAGLE's too), or "medusa": 1 + mtp_steps heads on the target's last feature, 4 by default.
         num_queries: adaptor queries of fresh weights; 0: no adaptor, as EAGLE.
+        global_feature: whether text behind a picture knows its global feature.
+        picture_rows: False, with num_queries 0: nothing of a picture goes into the draft.
         head_size: the draft proposes only so many tokens, those that the answers hold most; None: the vocabulary of
             `draft`, or the whole one.
         mtp_steps: passes on the draft's own output after the first one; None: 0 in stage 1, 1 in stage 2.
@@ -62,7 +67,10 @@ class FitConfig:
     out: str
     stage: int = 2
     draft: str | None = None
+    kind: str = "vispec"
     num_queries: int = 2
+    global_feature: bool = True
+    picture_rows: bool = True
     head_size: int | None = None
     mtp_steps: int | None = None
     mtp_warmup: float = 0.0
@@ -108,8 +116,13 @@ class FitConfig:
             value = getattr(self, name)
             if value is not None and value < bound:
                 raise ValueError(f"fit: {name} must be at least {bound}, got {value}")
-        if self.rollout not in ROLLOUTS:
-            raise ValueError(f"fit: rollout must be one of {', '.join(ROLLOUTS)}, got {self.rollout!r}")
+        for name, known in (("rollout", ROLLOUTS), ("kind", KINDS)):
+            if getattr(self, name) not in known:
+                raise ValueError(f"fit: {name} must be one of {', '.join(known)}, got {getattr(self, name)!r}")
+        if self.kind == "medusa" and self.export:
+            raise ValueError("fit: export must be false for heads, which have no published layout here")
+        if self.num_queries and not self.picture_rows and self.kind == "vispec":
+            raise ValueError(f"fit: picture_rows must be true with an adaptor, got {self.num_queries} queries")
         if self.mtp_warmup > 1:
             raise ValueError(f"fit: mtp_warmup must be at most 1, got {self.mtp_warmup}")
         if not any(astuple(self.loss_weights)):
@@ -119,9 +132,15 @@ class FitConfig:
 
     @property
     def passes(self) -> int:
-        """Passes of the draft over each sample."""
-        steps = self.stage - 1 if self.mtp_steps is None else self.mtp_steps
-        return 1 + steps
+        """Passes of the draft over each sample, or its heads."""
+        if self.mtp_steps is not None:
+            return 1 + self.mtp_steps
+        return MEDUSA_HEADS if self.kind == "medusa" else self.stage
+
+    @property
+    def inside_pictures(self) -> bool:
+        """Whether the draft reads the target's features inside pictures."""
+        return self.kind == "vispec" and self.num_queries == 0 and self.picture_rows
 
     def passes_of(self, number: int, steps: int) -> int:
         """Passes in step `number` of 1 to `steps`, fewer than all while they rise."""

@@ -13,7 +13,7 @@ from rich.console import Console
 from torch import Tensor
 
 import vispec
-from vispec.drafts import ViSpecDraft
+from vispec.drafts import MedusaDraft, ViSpecDraft
 from vispec.drafts.head import DraftHead
 from vispec.targets import Target, load_target
 from vispec.train.cache import FeatureCache
@@ -32,11 +32,11 @@ from vispec.train.feed import Feed
 from vispec.train.log import TrainingLog
 from vispec.train.losses import PARTS, summed_loss
 from vispec.train.processes import Processes
-from vispec.train.rows import supervised_rows, whole_passes
+from vispec.train.rows import medusa_passes, supervised_rows, whole_passes
 
 BETAS = (0.9, 0.95)
 LISTED_SKIPS = 20
-PASSES = {"whole": whole_passes, "chains": chain_passes}
+PASSES = {"whole": whole_passes, "chains": chain_passes, "medusa": medusa_passes}
 # Parts of the draft that text alone does not train.
 PICTURE_PARTS = ("imadpt.", "img_fc.")
 
@@ -52,7 +52,7 @@ class FitReport:
         skipped: samples left out or cut, by reason.
     """
 
-    draft: ViSpecDraft
+    draft: ViSpecDraft | MedusaDraft
     losses: list[float] = field(default_factory=list)
     steps: int = 0
     skipped: dict[str, int] = field(default_factory=dict)
@@ -111,7 +111,7 @@ class _Trainer:
             Path(config.feature_cache or self.out / "features"),
             int(config.feature_cache_gb * 1e9),
             self.target,
-            inside_pictures=config.num_queries == 0,
+            inside_pictures=config.inside_pictures,
             longest=config.max_length,
             shares=self.processes.count,
         )
@@ -216,7 +216,7 @@ class _Trainer:
             return torch.tensor([0.0] * (len(PARTS) + 2) + [skipped, 0.0], dtype=torch.float64)
         lengths = [reading.length for reading in readings]
         with torch.autocast(self.target.device.type, torch.bfloat16, enabled=config.bf16):
-            said = PASSES[config.rollout](
+            said = PASSES[config.kind if config.kind == "medusa" else config.rollout](
                 self.draft,
                 readings,
                 [supervised_rows(sample, config.max_length) for sample in kept],

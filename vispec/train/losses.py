@@ -122,8 +122,8 @@ class _ChunkedLoss(torch.autograd.Function):
                 slope = (slope.to(weight.dtype) @ weight).float()
                 slope += distance.clamp_(-1, 1).mul_(weights.feature / distance.shape[-1])
                 if counted is not None:
-                    keep = counted[number, place, None]
-                    own, slope = own * keep, slope * keep
+                    left_out = ~counted[number, place, None]
+                    own, slope = own.masked_fill_(left_out, 0), slope.masked_fill_(left_out, 0)
                 gradient[number, place] = slope.to(gradient.dtype)
                 sums = own.double().sum(0)
                 total += torch.cat([(factors * sums).sum()[None], sums])

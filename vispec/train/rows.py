@@ -1,4 +1,4 @@
-"""Teacher-forced training: what the frozen target read, and the draft's passes over it.
+"""Teacher-forced training: what the frozen target read, and a draft's passes over it.
 
 Row i of the draft pairs the target's feature of token i with the embedding of token i + 1 and predicts the feature
 of token i + 1. Dimension letters: B samples, S tokens, N supervised rows, C hidden units.
@@ -14,7 +14,7 @@ from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 from torch.utils.checkpoint import checkpoint
 
-from vispec.drafts import ViSpecDraft
+from vispec.drafts import MedusaDraft, ViSpecDraft
 from vispec.prompt import Span
 from vispec.targets import Target
 from vispec.train.data import Sample
@@ -169,3 +169,31 @@ def whole_passes(
                 one.features = one.features.index_copy(0, place[:-1] + 1, own[:-1].to(one.features.dtype))
         predicted.append(torch.cat(kept))
     return Passes(torch.stack(predicted), wanted)
+
+
+def medusa_passes(
+    draft: MedusaDraft,
+    readings: Sequence[Reading],
+    supervised: Sequence[range],
+    *,
+    passes: int = 1,
+    noises: Sequence[Tensor] | None = None,
+    checkpointed: bool = False,
+) -> Passes:
+    """What each of the first `passes` heads says: head k of a row predicts what that row's k-th successor does.
+
+    Arguments as for `whole_passes`. Nothing is computed in turn, so there is nothing to checkpoint. A sample's first k
+    supervised rows do not count for head k, whose feature would lie in the prompt.
+    """
+    laid, wanted = lay_out(readings, supervised, noises, next(draft.parameters()).dtype)
+    predicted, counted = [], []
+    for head in range(passes):
+        picked, kept = [], []
+        for one in laid:
+            rows = torch.arange(one.supervised.start, one.supervised.stop, device=one.features.device)
+            # A row that does not count may lie in a picture, of which nothing is known.
+            picked.append(one.features[(rows - head).clamp(min=one.supervised.start)])
+            kept.append(rows - head >= one.supervised.start)
+        predicted.append(draft(torch.cat(picked), head))
+        counted.append(torch.cat(kept))
+    return Passes(torch.stack(predicted), wanted, torch.stack(counted))
