@@ -343,6 +343,30 @@ def test_a_step_without_a_usable_sample_is_an_error(world, tmp_path):
         fit(world.model, world.processor, config)
 
 
+def test_data_sets_are_taken_together(world, tmp_path):
+    """Two halves of the answers, their pictures in two places, against the whole."""
+    halves = []
+    for number, rows in enumerate((range(0, 5), range(5, 10))):
+        root = tmp_path / f"half{number}"
+        root.mkdir()
+        for path in world.root.glob("*.png"):
+            shutil.copy(path, root)
+        lines = world.requests.read_text().splitlines()
+        (root / "rows.jsonl").write_text("".join(lines[row] + "\n" for row in rows))
+        collect(world.model, world.processor, open_source(root / "rows.jsonl"), root / "answers", COLLECT)
+        halves.append(str(root / "answers"))
+    config = config_of(world, tmp_path / "halves", data=halves, feature_cache_gb=0.01)
+    fit(world.model, world.processor, config)
+    fit(world.model, world.processor, config_of(world, tmp_path / "whole"))
+    assert log_of(tmp_path / "halves") == log_of(tmp_path / "whole")
+    saved = json.loads((tmp_path / "halves" / "training.json").read_text())
+    assert saved["dataset"]["samples"] == 10 and saved["config"]["data"] == halves
+    assert len(fit(world.model, world.processor, config, resume=True).losses) == 0
+    (tmp_path / "half1" / "7.png").unlink()
+    report = fit(world.model, world.processor, replace(config, out=str(tmp_path / "gone"), feature_cache_gb=0.0))
+    assert sum(report.skipped.values()) == report.skipped["image missing"] > 0
+
+
 def test_another_target_is_noticed(world, tmp_path):
     other = make_model(seed=1)
     with pytest.raises(ValueError, match=r"loss on its own answers must be at most 2\.51 nats a token, got \d+\.\d+"):
@@ -419,6 +443,8 @@ def test_a_full_disk_leaves_the_earlier_checkpoint(world, tmp_path, monkeypatch)
         ({"noise": 1}, "noise must be bool, got 1"),
         ({"epochs": True}, "epochs must be int, got True"),
         ({"learning_rate": 0.0}, "learning_rate must be above 0"),
+        ({"data": []}, r"data must be one folder or several, got \[\]"),
+        ({"data": 3}, "data must be one folder or several, got 3"),
         ({"rollout": "deep"}, "rollout must be one of whole, chains, got 'deep'"),
         ({"mtp_warmup": 1.5}, "mtp_warmup must be at most 1, got 1.5"),
         ({"feature_weight": -1.0}, "feature_weight must be at least 0, got -1.0"),
@@ -443,6 +469,7 @@ def test_config_files(tmp_path):
     pytest.importorskip("yaml")
     path = tmp_path / "config.yaml"
     path.write_text("data: answers\nout: somewhere\nlearning_rate: 3e-5\nepochs: 2\n")
+    path.write_text(path.read_text().replace("data: answers", "data: [answers]"))
     found = read_config(path, {"out": "elsewhere"})
     assert found == FitConfig(data="answers", out="elsewhere", learning_rate=3e-5, epochs=2)
     assert (FitConfig("d", "o").peak_learning_rate, FitConfig("d", "o").passes) == (3e-6, 2)

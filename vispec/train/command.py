@@ -90,7 +90,9 @@ def _fit_arguments(parser: argparse.ArgumentParser) -> None:
     for field in fields(FitConfig):
         option = "--" + field.name.replace("_", "-")
         kind = str(field.type).removesuffix(" | None")
-        if kind == "bool":
+        if field.name == "data":
+            parser.add_argument(option, nargs="+", metavar="FOLDER")
+        elif kind == "bool":
             parser.add_argument(option, action=argparse.BooleanOptionalAction, default=None)
         else:
             parser.add_argument(option, type={"str": str, "int": int, "float": float}[kind])
@@ -150,7 +152,8 @@ def _fit(arguments: argparse.Namespace) -> int:
     given = {field.name: getattr(arguments, field.name) for field in fields(FitConfig)}
     config = read_config(arguments.config, {name: value for name, value in given.items() if value is not None})
     # Before minutes of loading.
-    read_manifest(config.data)
+    for folder in config.data:
+        read_manifest(folder)
     processes = Processes()
     loaded = _load(arguments, device=None if processes.device is None else str(processes.device))
     report = fit(

@@ -24,7 +24,7 @@ class FitConfig:
     """One stage of training. The defaults are the published ones where there are any.
 
     Attributes:
-        data: folder of `vispec train collect`.
+        data: folders of `vispec train collect`, whose samples are taken together.
         out: folder for weights, checkpoints, log and the used config.
         stage: 1 (features, soft cross-entropy; no picture weights) or 2 (probabilities, self-rollout, pictures).
         draft: folder or hub id to start from; None: fresh weights.
@@ -63,7 +63,7 @@ class FitConfig:
         export: also writes `out/published`, the layout of published checkpoints with the target's embedding.
     """
 
-    data: str
+    data: tuple[str, ...]
     out: str
     stage: int = 2
     draft: str | None = None
@@ -103,7 +103,12 @@ class FitConfig:
     export: bool = False
 
     def __post_init__(self) -> None:
-        for field in fields(self):
+        # One folder may be given by itself, and JSON has lists.
+        folders = [self.data] if isinstance(self.data, str) else self.data
+        if not isinstance(folders, list | tuple) or not folders or not all(isinstance(one, str) for one in folders):
+            raise ValueError(f"fit: data must be one folder or several, got {self.data!r}")
+        object.__setattr__(self, "data", tuple(folders))
+        for field in fields(self)[1:]:
             _check_type(field.name, getattr(self, field.name), str(field.type))
         if self.stage not in LEARNING_RATES:
             raise ValueError(f"fit: stage must be 1 or 2, got {self.stage}")
@@ -159,7 +164,8 @@ class FitConfig:
         return LEARNING_RATES[self.stage] if self.learning_rate is None else self.learning_rate
 
     def as_dict(self) -> dict[str, Any]:
-        return asdict(self)
+        """For JSON."""
+        return {**asdict(self), "data": list(self.data)}
 
     def save(self, folder: Path, more: dict[str, Any]) -> None:
         """Writes `training.json`: this config, and whatever else a reader of the weights should know."""

@@ -195,9 +195,9 @@ class DatasetWriter:
         write_atomically(self.folder / MANIFEST, json.dumps(self.manifest, indent=1, ensure_ascii=False) + "\n")
 
 
-def dataset_totals(manifest: dict[str, Any]) -> dict[str, Any]:
-    """Sums over the shards of a manifest: samples, answer_tokens, cut_answers, and skips by reason."""
-    shards = manifest["shards"]
+def dataset_totals(*manifests: dict[str, Any]) -> dict[str, Any]:
+    """Sums over the shards of manifests: samples, answer_tokens, cut_answers, and skips by reason."""
+    shards = [shard for manifest in manifests for shard in manifest["shards"]]
     skipped: Counter[str] = Counter()
     for shard in shards:
         skipped.update(shard["skipped"])

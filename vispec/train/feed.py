@@ -6,7 +6,7 @@ import math
 import random
 import time
 from collections import Counter
-from pathlib import Path
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -37,14 +37,14 @@ def count_tokens(samples: list[Sample], vocabulary: int) -> Tensor:
 
 
 class Feed:
-    """The usable samples of a data set in a fixed random order.
+    """The usable samples of some data sets in a fixed random order.
 
     Everything random follows from the config's seed, the epoch and the sample, so a step is the same whatever ran
     before it and however many processes share it.
 
     Attributes:
         samples: those that can be trained on.
-        token_counts: [V] int64, how often each token occurs in the data set's answers.
+        token_counts: [V] int64, how often each token occurs in the data sets' answers.
         skipped: samples left out or cut, by reason.
         steps: optimizer steps of the whole run.
 
@@ -57,21 +57,34 @@ class Feed:
         self.config = config
         self.cache = cache
         self._told_of_disk = False
-        self.manifest = read_manifest(config.data)
-        own, known = target_description(target), self.manifest["settings"].get("target")
-        if known != own:
-            raise ValueError(f"fit: model must be the one that wrote the answers, {known}, got {own}")
-        self.store = ImageStore(config.image_root or self.manifest["settings"]["image_root"])
+        self.manifests = [read_manifest(folder) for folder in config.data]
+        own = target_description(target)
+        for manifest in self.manifests:
+            known = manifest["settings"].get("target")
+            if known != own:
+                raise ValueError(f"fit: model must be the one that wrote the answers, {known}, got {own}")
+        roots = [config.image_root or manifest["settings"]["image_root"] for manifest in self.manifests]
+        self._stores = [ImageStore(root) for root in roots]
+        # The store of each sample by its index, which is made anew to be the data sets' together.
+        self._store_of: list[ImageStore] = []
         self.skipped: Counter[str] = Counter()
         self._lines: list[str] = []
         self._unreadable: set[int] = set()
-        samples = read_dataset(Path(config.data))[0]
+        samples = self._all_samples()
         # Of all answers, so that a picture that is gone changes no vocabulary.
         self.token_counts = count_tokens(samples, target.vocabulary)
         self.samples = self._usable(samples)
         self.steps_per_epoch = math.ceil(len(self.samples) / config.batch_size)
         total = config.epochs * self.steps_per_epoch
         self.steps = total if config.max_steps is None else min(total, config.max_steps)
+
+    def _all_samples(self) -> list[Sample]:
+        samples: list[Sample] = []
+        for folder, store in zip(self.config.data, self._stores, strict=True):
+            for sample in read_dataset(folder)[0]:
+                samples.append(replace(sample, index=len(samples)))
+                self._store_of.append(store)
+        return samples
 
     def chosen(self, number: int) -> list[Sample]:
         """The samples of step `number`, which counts from 1."""
@@ -105,7 +118,7 @@ class Feed:
         known = None if self.cache is None else self.cache.get(sample)
         if known is not None:
             return known, 0.0
-        inputs = sample_inputs(self.processor, self.store, sample, self.config.max_length)
+        inputs = sample_inputs(self.processor, self._store_of[sample.index], sample, self.config.max_length)
         started = time.perf_counter()
         (reading,) = read_target(self.target, inputs)
         if reading.features.is_cuda:
@@ -149,16 +162,17 @@ class Feed:
         if count and not sums / count <= limit:
             raise ValueError(
                 f"fit: the target's loss on its own answers must be at most {limit:.2f} nats a token, got "
-                f"{sums / count:.2f}: these are not the weights that wrote {self.config.data}"
+                f"{sums / count:.2f}: these are not the weights that wrote {', '.join(self.config.data)}"
             )
 
     def _usable(self, samples: list[Sample]) -> list[Sample]:
         """The samples that can be trained on; counts and lists the others."""
         kept = []
         for sample in samples:
-            gone = [image for image in sample.images if self.store.missing(image)]
+            store = self._store_of[sample.index]
+            gone = [image for image in sample.images if store.missing(image)]
             if gone:
-                self._skip("image missing", f"{sample.name}: {self.store.root / gone[0]}")
+                self._skip("image missing", f"{sample.name}: {store.root / gone[0]}")
             elif not supervised_rows(sample, self.config.max_length):
                 self._skip("nothing to supervise", f"{sample.name}: {sample.length} tokens")
             else:
@@ -166,8 +180,8 @@ class Feed:
                 kept.append(sample)
         if not kept:
             raise ValueError(
-                f"fit: nothing is supervised: none of {len(samples)} samples in {self.config.data} has a row to "
-                f"train, {dict(+self.skipped)}"
+                f"fit: nothing is supervised: none of {len(samples)} samples of {', '.join(self.config.data)} has a "
+                f"row to train, {dict(+self.skipped)}"
             )
         return kept
 

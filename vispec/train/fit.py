@@ -272,7 +272,7 @@ class _Trainer:
         more = {
             "vispec": vispec.__version__,
             "target": target_description(self.target),
-            "dataset": dataset_totals(self.feed.manifest),
+            "dataset": dataset_totals(*self.feed.manifests),
             "vocabulary": self._vocabulary(),
             "steps": report.steps,
             "processes": self.processes.count,
