@@ -6,6 +6,7 @@ import json
 
 import pytest
 import torch
+from PIL import Image
 
 from tests.replay import ReplayDraft
 from tests.tiny import VOCABULARY
@@ -15,7 +16,9 @@ from vispec.train import evaluate, open_source
 from vispec.train.data import read_dataset
 from vispec.train.evaluate import FIRST_TOKENS, Acceptance
 from vispec.train.inputs import sample_inputs
+from vispec.train.plot import check_plotting, plot_figures
 from vispec.train.sources import ImageStore
+from vispec.train.words import KINDS, content_words, pieces_of, word_kinds
 
 
 def run(world, draft, **more):
@@ -75,6 +78,70 @@ def test_a_draft_that_knows_every_answer(world):
     assert figures["rounds"] == 60 and figures["tau"] == pytest.approx((5 * 3 + 2) / 6)
     assert figures["acceptance_by_depth"] == pytest.approx([1, 1, 5 / 6])
     assert figures["by_part"]["first"]["rounds"] == 10 * -(-(FIRST_TOKENS - 1) // 4)
+
+
+def test_tokens_by_kind_of_word(world):
+    """Drafted tokens are those of a round but its last; the tiny tokenizer's words are w0, w1, ..., all alike."""
+    samples, _ = read_dataset(world.answers)
+    answers = {sample.prompt: list(sample.answer) for sample in samples}
+    knowing = ReplayDraft(answers, VOCABULARY, hit_rate=1.0)
+    figures = run(world, knowing, tree=TreeConfig(2, 4, 20), temperatures=(0.0,))["temperatures"]["0"]
+    words = figures["by_word"]
+    assert sum(group["tokens"] for group in words.values()) == figures["new_tokens"] == 240
+    drafted = sum(round(group["tokens"] * group["drafted_share"]) for group in words.values())
+    assert drafted == sum(sample_count for sample_count in (5 * 3 + 2,) * 10)
+
+
+class Letters:
+    """A tokenizer whose token n is the n-th piece, and whose token 0 is special."""
+
+    def __init__(self, *pieces: str) -> None:
+        self.pieces = ["", *pieces]
+
+    def decode(self, tokens, skip_special_tokens):
+        assert skip_special_tokens
+        return "".join(self.pieces[token] for token in tokens)
+
+
+def test_kinds_of_words():
+    tokenizer = Letters("The", " black", " be", "ar", "'s", " 3", " paws", ".", " It", " sle", "eps")
+    tokens = [*range(1, 12), 0]
+    pieces = pieces_of(tokenizer, tokens)
+    assert pieces == [*tokenizer.pieces[1:], ""]
+    named = content_words("A bear's den: the PAWS of one animal.")
+    assert named == {"bear's", "den", "paws", "animal"}
+    found = word_kinds(pieces, named)
+    expected = "function content named named named other named other function content content other"
+    assert found == expected.split() and set(found) == set(KINDS)
+    # Without a text to compare with, nothing is named.
+    assert word_kinds(pieces) == expected.replace("named", "content").split()
+    assert word_kinds([]) == [] and word_kinds(["don't", " x_1", "é"]) == ["content", "content", "content"]
+
+
+def test_named_words_come_from_the_sources_own_answer(world, draft, tmp_path):
+    path = tmp_path / "rows.jsonl"
+    path.write_text(json.dumps({"prompt": "w4 w5", "answer": " ".join(f"w{n}" for n in range(3, 147))}) + "\n")
+    found = evaluate(world.model, world.processor, draft, open_source(path), max_new_tokens=8, extension="")
+    kinds = found["temperatures"]["0"]["by_word"]
+    # "w12" is the letter w and a number: every answer's words are the letter, which the source's own answer holds.
+    assert set(kinds) <= {"named", "other"} and kinds["named"]["tokens"] > 0
+
+
+def test_a_picture_of_the_figures(world, draft, tmp_path):
+    pytest.importorskip("matplotlib")
+    found = run(world, draft, limit=4)
+    plot_figures(found, tmp_path / "figures.png")
+    with Image.open(tmp_path / "figures.png") as picture:
+        assert picture.format == "PNG" and picture.width > 1000
+    for figures in found["temperatures"].values():
+        figures["by_kind"] = {}
+    plot_figures(found, tmp_path / "figures.png")
+
+
+def test_plotting_is_optional(monkeypatch):
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    with pytest.raises(ImportError, match="--plot needs the package matplotlib: pip install matplotlib"):
+        check_plotting()
 
 
 def test_acceptance_by_depth():

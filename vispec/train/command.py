@@ -16,6 +16,7 @@ from vispec.train.config import FitConfig, read_config
 from vispec.train.data import read_dataset, read_manifest, write_atomically
 from vispec.train.evaluate import evaluate
 from vispec.train.fit import fit
+from vispec.train.plot import check_plotting, plot_figures
 from vispec.train.processes import Processes
 from vispec.train.sources import open_source
 
@@ -99,8 +100,9 @@ def _fit_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def _eval_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--draft", required=True, help="folder or hub id")
+    parser.add_argument("--draft", required=True, help="folder, hub id, or prompt-lookup")
     parser.add_argument("--out", help="JSON file; default: standard output")
+    parser.add_argument("--plot", metavar="PNG", help="also draw the figures (needs matplotlib)")
     parser.add_argument("--temperatures", type=float, nargs="+", default=[0.0, 1.0], metavar="T")
     parser.add_argument("--max-new-tokens", type=int, default=128, metavar="N")
     parser.add_argument("--seed", type=int, default=0)
@@ -176,6 +178,9 @@ def _evaluate(arguments: argparse.Namespace) -> int:
     from vispec.tree import TreeConfig
 
     sizes = {name: getattr(arguments, name) for name in ("depth", "top_k", "total_tokens")}
+    if arguments.plot:
+        # Before minutes of generation.
+        check_plotting()
     tree = TreeConfig(**{name: size for name, size in sizes.items() if size is not None})
     source = open_source(arguments.source, image_root=arguments.image_root, split=arguments.split)
     loaded = _load(arguments, arguments.draft)
@@ -192,6 +197,8 @@ def _evaluate(arguments: argparse.Namespace) -> int:
         seed=arguments.seed,
         console=_console(arguments),
     )
+    if arguments.plot:
+        plot_figures(found, Path(arguments.plot))
     text = json.dumps({"model": arguments.model, "draft": arguments.draft, **found}, indent=1) + "\n"
     if arguments.out:
         write_atomically(Path(arguments.out), text)

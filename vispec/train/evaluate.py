@@ -16,6 +16,7 @@ from vispec.targets import load_target
 from vispec.train.collect import EXTENSION, prepare
 from vispec.train.data import Skip
 from vispec.train.sources import ImageStore, Source, UnusableSample
+from vispec.train.words import KINDS, content_words, pieces_of, word_kinds
 from vispec.tree import TreeConfig
 
 # Tokens of an answer that count as its beginning.
@@ -74,7 +75,8 @@ def evaluate(
     Prompts and pictures should be ones that the draft was not trained on; nothing here can tell.
 
     Returns: for JSON: for each temperature tau, tokens_per_round, acceptance_by_depth, the same by part of the
-    answer (its first 16 tokens, the rest) and by the source's `kind`, answers, new_tokens, and skips by reason.
+    answer (its first 16 tokens, the rest) and by the source's `kind`; by kind of word the tokens and the share of them
+    that came from the draft, where words of the source's own answer count as named; answers, new_tokens, and skips.
     Raises: ValueError where no request can be used, or for a temperature below 0.
     """
     if not temperatures or min(temperatures) < 0:
@@ -84,6 +86,7 @@ def evaluate(
     tree = TreeConfig() if tree is None else tree
     longest = tree.longest_path - 1
     store = ImageStore(source.image_root)
+    tokenizer = getattr(processor, "tokenizer", processor)
     count = len(source) if limit is None else min(limit, len(source))
     watches = {temperature: _Watch() for temperature in temperatures}
     skips: list[Skip] = []
@@ -111,6 +114,7 @@ def evaluate(
                 max_new_tokens=max_new_tokens,
                 **options,
             )
+            watch.end(tokenizer, content_words(request.answer or ""))
         if console is not None:
             taus = ", ".join(f"T={t:g}: tau {watch.total.tau:.2f}" for t, watch in watches.items())
             console.print(f"{index + 1}/{count} prompts, {taus}", highlight=False)
@@ -134,6 +138,8 @@ class _Watch:
         self.total = Acceptance()
         self.parts = {"first": Acceptance(), "later": Acceptance()}
         self.kinds: dict[str, Acceptance] = defaultdict(Acceptance)
+        # For each kind of word, how many tokens were the target's own and how many were drafted.
+        self.words = {kind: [0, 0] for kind in KINDS}
         self.answers = 0
         self.new_tokens = 0
 
@@ -141,6 +147,8 @@ class _Watch:
         """A new answer starts."""
         self._kind = kind
         self._place = 0
+        self._tokens: list[int] = []
+        self._drafted: list[bool] = []
         self.answers += 1
 
     def __call__(self, event: RoundEvent) -> None:
@@ -155,6 +163,14 @@ class _Watch:
             for group in groups:
                 group.accepted[emitted - 1] += 1
         self._place += emitted
+        self._tokens += event.emitted[0]
+        self._drafted += [True] * (emitted - 1) + [False]
+
+    def end(self, tokenizer: Any, named: frozenset[str]) -> None:
+        """The answer is whole, and its words can be told."""
+        kinds = word_kinds(pieces_of(tokenizer, self._tokens), named)
+        for kind, drafted in zip(kinds, self._drafted, strict=True):
+            self.words[kind][drafted] += 1
 
     def as_dict(self, longest: int) -> dict[str, Any]:
         return {
@@ -162,5 +178,10 @@ class _Watch:
             "answers": self.answers,
             "new_tokens": self.new_tokens,
             "by_part": {name: group.as_dict(longest) for name, group in self.parts.items()},
+            "by_word": {
+                kind: {"tokens": sum(counts), "drafted_share": counts[1] / sum(counts)}
+                for kind, counts in self.words.items()
+                if sum(counts)
+            },
             "by_kind": {name: group.as_dict(longest) for name, group in sorted(self.kinds.items())},
         }
