@@ -77,7 +77,7 @@ def per_token(answer: Callable[[int], Any], repeats: int) -> float:
 def true_answers(model: PreTrainedModel, real: vispec.ViSpecDraft, inputs: dict[str, Tensor], tokens: int) -> Tensor:
     """What verification says, [B, tokens]: with trees of the measured size, so that near-ties fall the same way."""
     junk = torch.zeros(len(inputs["input_ids"]), 2, dtype=torch.int64, device=model.device)
-    draft = PacedDraft(real, junk, 0.0)
+    draft = PacedDraft(real, junk, 0.0, TREE)
     found = vispec.fast_generate(model, draft, inputs, tree=TREE, max_new_tokens=tokens, do_sample=False)
     return found[:, inputs["input_ids"].shape[1] :]
 
@@ -90,7 +90,7 @@ def measure(
     inputs = prompts(shape, context, batch, device)
     real = vispec.ViSpecDraft.for_target(model)
     longest = LONG if bandwidth else SHORT
-    draft = PacedDraft(real, true_answers(model, real, inputs, longest), shape.tau)
+    draft = PacedDraft(real, true_answers(model, real, inputs, longest), shape.tau, TREE)
 
     def speculate(tokens: int) -> vispec.GenerationResult:
         return vispec.fast_generate(

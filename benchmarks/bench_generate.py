@@ -1,7 +1,9 @@
 """Whole answers against plain generation, in turn in one process: speed, phases of a round, peak memory.
 
     python -m benchmarks.bench_generate                    # the demo model and its pictures
-    python -m benchmarks.bench_generate --sweep            # several trees
+    python -m benchmarks.bench_generate --tree fixed       # the demo's own tree in place of "auto"
+    python -m benchmarks.bench_generate --sweep            # several trees, and "auto"
+    python -m benchmarks.bench_generate --random-draft     # a draft of random weights: what speculation may lose
     python -m benchmarks.bench_generate --memory           # peak memory, each way in a process of its own
     python -m benchmarks.bench_generate --json benchmarks/results/generate.json
 
@@ -55,7 +57,7 @@ def prompts(processor: Any, count: int | None) -> list[tuple[str, dict[str, torc
     ]
 
 
-def summarise(tree: vispec.TreeConfig, found: list[Comparison]) -> dict[str, Any]:
+def summarise(tree: vispec.TreeConfig | str, found: list[Comparison]) -> dict[str, Any]:
     """One row of figures over all prompts of one tree; refuses to time a wrong answer."""
     wrong = [comparison.verdict for comparison in found if not comparison.identical]
     if wrong:
@@ -73,7 +75,10 @@ def summarise(tree: vispec.TreeConfig, found: list[Comparison]) -> dict[str, Any
     # Prompt lookup is transformers' own and may refuse a prompt.
     looked_up = [comparison for comparison in found if comparison.prompt_lookup is not None]
     return {
-        "tree": asdict(tree),
+        "tree": tree if isinstance(tree, str) else asdict(tree),
+        "nodes_per_round": statistics.fmean(
+            nodes for comparison in found for nodes in comparison.stats.nodes_per_round
+        ),
         "prompts": len(found),
         "new_tokens": sum(comparison.vispec.new_tokens for comparison in found),
         "ties": sum(comparison.verdict.startswith("identical: tie") for comparison in found),
@@ -93,13 +98,15 @@ def summarise(tree: vispec.TreeConfig, found: list[Comparison]) -> dict[str, Any
 def table(rows: list[dict[str, Any]]) -> Table:
     """The figures for people."""
     shown = Table(title="against model.generate, same prompts, run in turn")
-    for column in ("dtype", "depth", "top_k", "nodes", "tau", "speed-up", "over lookup", "draft", "verify", "accept"):
+    for column in ("dtype", "draft", "tree", "nodes", "tau", "speed-up", "over lookup", "draft", "verify", "accept"):
         shown.add_column(column, justify="right")
     for row in rows:
         tree, lookup = row["tree"], row["speed_up_over_prompt_lookup"]
         shown.add_row(
             row["dtype"],
-            *(str(tree[name]) for name in ("depth", "top_k", "total_tokens")),
+            row["draft"],
+            tree if isinstance(tree, str) else ", ".join(str(size) for size in tree.values()),
+            f"{row['nodes_per_round']:.1f}",
             f"{row['tau']:.2f}",
             f"{row['speed_up']:.2f}x",
             "" if lookup is None else f"{lookup:.2f}x",
@@ -111,10 +118,16 @@ def table(rows: list[dict[str, Any]]) -> Table:
 def measure_speed(arguments: argparse.Namespace) -> list[dict[str, Any]]:
     """One row a dtype and tree."""
     rows = []
+    trees: list[vispec.TreeConfig | str] = ["auto"] if arguments.tree == "auto" else [demo.TREE]
+    if arguments.sweep:
+        trees = ["auto", *SWEEP]
     for dtype in arguments.dtypes:
         model, draft, processor = demo.load(dtype=getattr(torch, dtype))
+        if arguments.random_draft:
+            torch.manual_seed(0)
+            draft = vispec.ViSpecDraft.for_target(model)
         inputs = prompts(processor, arguments.pictures)
-        for tree in SWEEP if arguments.sweep else [demo.TREE]:
+        for tree in trees:
             found = [
                 compare(
                     model,
@@ -127,7 +140,8 @@ def measure_speed(arguments: argparse.Namespace) -> list[dict[str, Any]]:
                 )
                 for _, prompt in track(inputs, description=f"{dtype} {tree}", console=console, transient=True)
             ]
-            rows.append({"dtype": dtype, **summarise(tree, found)})
+            name = "random" if arguments.random_draft else "own"
+            rows.append({"dtype": dtype, "draft": name, **summarise(tree, found)})
             console.print(table(rows[-1:]))
     return rows
 
@@ -175,6 +189,8 @@ def main() -> None:
     parser.add_argument("--repeats", type=int, default=2, help="runs of each way, in turn; the fastest counts")
     parser.add_argument("--threads", type=int, help="CPU threads of PyTorch")
     parser.add_argument("--dtypes", nargs="+", choices=("float32", "bfloat16"), default=["float32", "bfloat16"])
+    parser.add_argument("--tree", choices=("auto", "fixed"), default="auto", help="fixed: the demo's own")
+    parser.add_argument("--random-draft", action="store_true", help="a draft of random weights in place of the demo's")
     parser.add_argument("--sweep", action="store_true", help="try several trees")
     parser.add_argument("--memory", action="store_true", help="measure peak memory instead of speed")
     parser.add_argument("--json", help="write the record here")

@@ -28,6 +28,14 @@ def lookup_text(row: dict[str, Any]) -> str:
     return f"{row['speed_up_over_prompt_lookup']:.2f}x ({row['prompts_that_prompt_lookup_served']} prompts)"
 
 
+def tree_text(row: dict[str, Any]) -> str:
+    """The sizes of a fixed tree, or the mean number of nodes that were chosen."""
+    tree = row["tree"]
+    if isinstance(tree, str):
+        return f"{tree}: {row['nodes_per_round']:.1f} nodes a round"
+    return f"{tree['depth']}, {tree['top_k']}, {tree['total_tokens']}"
+
+
 def speed(record: dict[str, Any]) -> list[str]:
     """Speed over plain generation, and where a round's time goes."""
     lines = [
@@ -36,10 +44,9 @@ def speed(record: dict[str, Any]) -> list[str]:
         "|---|---|---|---|---|---|---|---|",
     ]
     for row in record["rows"]:
-        tree = row["tree"]
         shares = " / ".join(f"{row[f'{name}_share']:.0%}" for name in ("draft", "verify", "accept"))
         lines.append(
-            f"| {row['dtype']} | {tree['depth']}, {tree['top_k']}, {tree['total_tokens']} "
+            f"| {row['dtype']} | {tree_text(row)} "
             f"| {row['tau']:.2f} | {row['tau'] + 1:.2f} "
             f"| {row['speed_up']:.2f}x | {lookup_text(row)} "
             f"| {row['ties']} of {row['prompts']} | {shares} |"

@@ -7,6 +7,7 @@ import random
 import torch
 from torch import Tensor
 
+from vispec.drafts.base import Plan
 from vispec.prompt import Prompt
 from vispec.tree import DraftTree, TreeConfig
 
@@ -26,19 +27,21 @@ class ReplayDraft:
     def check(self, target: object) -> None:
         """Any target will do."""
 
-    def start(self, target: object, prompt: Prompt, first_tokens: Tensor, tree: TreeConfig) -> ReplaySession:
+    def widest(self, target: object) -> int:
+        return self.vocabulary
+
+    def start(self, target: object, prompt: Prompt, first_tokens: Tensor) -> ReplaySession:
         rows = zip(prompt.tokens.tolist(), prompt.lengths.tolist(), strict=True)
         answers = [self.answers[tuple(tokens[:length])] for tokens, length in rows]
-        return ReplaySession(self, answers, tree)
+        return ReplaySession(self, answers)
 
 
 class ReplaySession:
     """Counts what has been committed and keeps to the answers from there."""
 
-    def __init__(self, draft: ReplayDraft, answers: list[list[int]], tree: TreeConfig) -> None:
+    def __init__(self, draft: ReplayDraft, answers: list[list[int]]) -> None:
         self.draft = draft
         self.answers = answers
-        self.tree = tree
         self.random = random.Random(draft.seed)
         self.emitted = [1] * len(answers)
         self.proposed = 0
@@ -50,13 +53,13 @@ class ReplaySession:
             assert tokens[row, : len(true)].tolist() == true
             self.emitted[row] += count
 
-    def propose(self, root_tokens: Tensor) -> DraftTree:
+    def propose(self, root_tokens: Tensor, plan: Plan) -> DraftTree:
         self.proposed += 1
-        batch, nodes = len(self.answers), self.tree.nodes
-        tree = DraftTree.empty(batch, nodes, self.tree.longest_path, root_tokens.device)
+        batch, nodes, longest = len(self.answers), plan.tree.nodes, plan.tree.longest_path
+        tree = DraftTree.empty(batch, nodes, longest, root_tokens.device)
         tree.scores.zero_()
         for row in range(batch):
-            tokens, parents = self._grow(int(root_tokens[row]), self.answers[row][self.emitted[row] :], nodes)
+            tokens, parents = self._grow(int(root_tokens[row]), self.answers[row][self.emitted[row] :], nodes, longest)
             depths, words = [0], [1]
             for node in range(1, nodes):
                 depths.append(depths[parents[node]] + 1)
@@ -70,7 +73,7 @@ class ReplaySession:
                 )
         return tree
 
-    def _grow(self, root: int, truth: list[int], nodes: int) -> tuple[list[int], list[int]]:
+    def _grow(self, root: int, truth: list[int], nodes: int, longest: int) -> tuple[list[int], list[int]]:
         """Tokens and parents of one row's tree; parents come before their children."""
         tokens, parents, depths = [root], [-1], [0]
         children: list[set[int]] = [set()]
@@ -84,7 +87,7 @@ class ReplaySession:
             children.append(set())
             return len(tokens) - 1
 
-        for token in truth[: self.tree.longest_path - 1]:
+        for token in truth[: longest - 1]:
             if len(tokens) < nodes and self.random.random() < self.draft.hit_rate:
                 for _ in range(self.random.randrange(3)):
                     wrong = self.random.randrange(self.draft.vocabulary)
@@ -96,7 +99,7 @@ class ReplaySession:
         while len(tokens) < nodes:
             parent = self.random.randrange(len(tokens))
             token = self.random.randrange(self.draft.vocabulary)
-            if depths[parent] < self.tree.longest_path - 1 and token not in children[parent]:
+            if depths[parent] < longest - 1 and token not in children[parent]:
                 add(parent, token)
         return tokens, parents
 
@@ -115,26 +118,28 @@ class DeviceReplayDraft:
     def check(self, target: object) -> None:
         """Any target will do."""
 
-    def start(self, target: object, prompt: Prompt, first_tokens: Tensor, tree: TreeConfig) -> DeviceReplaySession:
-        return DeviceReplaySession(self, tree)
+    def widest(self, target: object) -> int:
+        return self.vocabulary
+
+    def start(self, target: object, prompt: Prompt, first_tokens: Tensor) -> DeviceReplaySession:
+        return DeviceReplaySession(self)
 
 
 class DeviceReplaySession:
     """Counts what has been committed on the device."""
 
-    def __init__(self, draft: DeviceReplayDraft, tree: TreeConfig) -> None:
+    def __init__(self, draft: DeviceReplayDraft) -> None:
         self.draft = draft
-        self.tree = tree
         self.emitted = torch.ones_like(draft.answers[:, 0])
 
-    def fix(self, tokens: int) -> None:
+    def fix(self, tokens: int, tree: TreeConfig) -> None:
         """Nothing moves and nothing is read back anyway."""
 
     def commit(self, features: Tensor, tokens: Tensor, counts: Tensor, host_counts: list[int] | None) -> None:
         self.emitted += counts
 
-    def propose(self, root_tokens: Tensor) -> DraftTree:
-        batch, nodes, device = len(root_tokens), self.tree.longest_path, root_tokens.device
+    def propose(self, root_tokens: Tensor, plan: Plan) -> DraftTree:
+        batch, nodes, device = len(root_tokens), plan.tree.longest_path, root_tokens.device
         tree = DraftTree.empty(batch, nodes, nodes, device)
         chain = torch.arange(nodes, device=device)
         places = self.emitted[:, None] + chain - 1

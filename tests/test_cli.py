@@ -11,6 +11,7 @@ from types import SimpleNamespace
 import pytest
 
 import vispec
+import vispec.cli.running
 import vispec.compare.run
 from tests.saved import PROMPT, expected, make_processor, save_all
 from vispec.cli import main
@@ -99,6 +100,42 @@ def test_compare_in_json(generate):
     assert found["verdict"] == "identical: yes" and found["speed_up"] > 0
 
 
+def test_audit_passes_a_true_answer(generate):
+    code, out, _ = generate("--audit", "--image", "red.png")
+    assert code == 0
+    assert "audit: passed, each of 8 tokens is the plain model's argmax" in out.splitlines()
+    code, out, _ = generate("--audit", "--json", model="llama")
+    report = json.loads(out)
+    assert code == 0
+    assert report["audit"] == {"passed": True, "tokens": report["new_tokens"], "tie_steps": 64, "departures": []}
+
+
+def test_audit_fails_another_token(generate, monkeypatch):
+    own = vispec.cli.running.fast_generate
+
+    def other(model, draft, inputs, **options):
+        result = own(model, draft, inputs, **options)
+        result.sequences[0, -1] = 5
+        return result
+
+    monkeypatch.setattr(vispec.cli.running, "fast_generate", other)
+    code, out, _ = generate("--audit", model="llama")
+    assert code == 1
+    assert "audit: failed, 1 of 8 tokens not the plain model's argmax" in out.splitlines()
+    assert "token 7: 5 for " in out and out.rstrip().endswith("no tie")
+    code, out, _ = generate("--audit", "--json", model="llama")
+    assert code == 1 and json.loads(out)["audit"]["departures"][0]["token"] == 7
+
+
+def test_guard_is_passed_on(generate, folder):
+    code, out, _ = generate("--json", "--exact", "guard", "--compare", model="llama")
+    report = json.loads(out)
+    assert code == 0 and report["guarded"] == 0
+    assert report["tokens"] == expected("llama", folder, [])
+    code, _, err = generate("--exact", "guard", "--temperature", "1")
+    assert code == 2 and 'exact must be "law"' in err
+
+
 def test_another_answer_exits_with_one(generate, monkeypatch):
     own = vispec.compare.run.fast_generate
 
@@ -160,6 +197,7 @@ def test_show_tree_prints_every_round(generate):
         (["--device", "meta"], "--device must be auto, cpu, cuda or cuda:N, got meta"),
         (["--device", "cuda:99"], "--device must be usable here, got cuda:99"),
         (["--temperature", "1", "--compare"], "--compare needs greedy answers"),
+        (["--temperature", "1", "--audit"], "--audit needs greedy answers"),
         (["--temperature", "-1"], "temperature must be above 0"),
         (["--top-p", "0.5"], "--top-p: --temperature must be above 0"),
         (["--no-draft"], "--draft and --no-draft"),

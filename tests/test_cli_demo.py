@@ -57,10 +57,20 @@ def test_demo_in_json(tiny_demo, capsys):
     captured = capsys.readouterr()
     report = json.loads(captured.out)
     assert code == 0 and captured.err == ""
-    assert report["tree"] == {"depth": 1, "top_k": 2, "total_tokens": 5}
+    assert report["tree"] == "auto"
     (picture,) = report["pictures"]
     assert picture["picture"] == "red" and picture["comparison"]["verdict"] == "identical: yes"
     assert picture["answer"]["new_tokens"] == 6 and picture["answer"]["trees"]
+
+
+def test_demo_with_a_fixed_tree(tiny_demo, capsys):
+    argv = ["demo", "--max-new-tokens", "6", "--pictures", "1", "--json"]
+    own = {"depth": 1, "top_k": 2, "total_tokens": 5}
+    for arguments, tree in ((["--tree", "fixed"], own), (["--width", "3"], {**own, "top_k": 3})):
+        assert main([*argv, *arguments]) == 0
+        report = json.loads(capsys.readouterr().out)
+        assert report["tree"] == tree
+        assert set(report["pictures"][0]["answer"]["nodes_per_round"]) == {5}
 
 
 def test_demo_fails_where_an_answer_differs(tiny_demo, monkeypatch, capsys):

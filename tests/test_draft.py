@@ -9,6 +9,7 @@ import vispec
 from tests import tiny
 from tests.ops.conftest import available
 from vispec import ops
+from vispec.drafts.base import Plan
 from vispec.drafts.session import DraftRuntime
 from vispec.drafts.vispec import ViSpecDraftConfig
 from vispec.ops import use_backend
@@ -167,8 +168,7 @@ def test_all_pictures_of_a_batch_go_through_the_adaptor_in_one_call(name, monkey
     monkeypatch.setattr(ops, "adaptor", recorded)
     prompts = [family.prompt(2, seed=12, text=5), family.prompt(0, seed=13, text=30), family.prompt(1, seed=14, text=0)]
     with torch.inference_mode():
-        tree = vispec.TreeConfig(depth=1, top_k=2, total_tokens=4)
-        target, prompt, first, session = started(family, draft, prompts, tree)
+        target, prompt, first, session = started(family, draft, prompts)
         assert calls == [3]
         for row, length in enumerate(prompt.lengths.tolist()):
             embeddings = torch.cat([prompt.embeddings[row, 1:length], target.embedding(first[row : row + 1])])
@@ -187,29 +187,29 @@ def test_without_adaptor_every_image_token_goes_in(family):
     assert rows.shape == (9, 64) and positions.tolist() == list(range(9)) and not visual.any()
 
 
-def started(family, draft, prompts, tree):
+def started(family, draft, prompts):
     """A session over a batch, with everything a formula needs to follow it."""
     target = load_target(family.model)
     inputs = family.batch(prompts, "left")
     prompt = target.prefill(inputs)
     first = prompt.logits.argmax(-1)
-    return target, prompt, first, draft.start(target, prompt, first, tree)
+    return target, prompt, first, draft.start(target, prompt, first)
 
 
 @pytest.mark.parametrize("queries", (0, 2))
 def test_catching_up_equals_reading_all_at_once(family, queries):
     """Committing tokens in two pieces leaves the draft where one longer prefill would."""
     draft = random_draft(family.model, queries)
-    tree = vispec.TreeConfig(depth=1, top_k=2, total_tokens=4)
+    plan = Plan(vispec.TreeConfig(depth=1, top_k=2, total_tokens=4))
     prompts = [family.prompt(1, seed=8, text=5), family.prompt(1, seed=9, text=8)]
     generator = torch.Generator().manual_seed(10)
     with torch.inference_mode():
-        target, prompt, first, session = started(family, draft, prompts, tree)
+        target, prompt, first, session = started(family, draft, prompts)
         features = torch.randn(2, 5, 64, generator=generator)
         tokens = torch.randint(3, 100, (2, 5), generator=generator)
-        session.propose(first)
+        session.propose(first, plan)
         session.commit(features[:, :2], tokens[:, :2], torch.tensor([2, 1]), [2, 1])
-        session.propose(first)
+        session.propose(first, plan)
         late = torch.stack([features[0, 2:5], features[1, 1:4]])
         late_tokens = torch.stack([tokens[0, 2:5], tokens[1, 1:4]])
         session.commit(late, late_tokens, torch.tensor([3, 3]), [3, 3])
@@ -233,8 +233,8 @@ def test_every_nodes_score_is_its_own_paths(family, sizes):
     tree_config = vispec.TreeConfig(*sizes)
     prompts = [family.prompt(1, seed=8, text=5), family.prompt(2, seed=9, text=8)]
     with torch.inference_mode():
-        target, prompt, first, session = started(family, draft, prompts, tree_config)
-        tree = session.propose(first)
+        target, prompt, first, session = started(family, draft, prompts)
+        tree = session.propose(first, Plan(tree_config))
         for row in range(2):
             length = int(prompt.lengths[row])
             embeddings = torch.cat([prompt.embeddings[row, 1:length], target.embedding(first[row : row + 1])])

@@ -284,7 +284,9 @@ def test_a_saved_draft_comes_back_the_same(llava, draft, tmp_path):
         assert torch.equal(old, new), name
     inputs = llava.prompt(1, seed=3)
     old, new = (
-        vispec.fast_generate(llava.model, d, inputs, max_new_tokens=9, return_dict_in_generate=True)
+        vispec.fast_generate(
+            llava.model, d, inputs, max_new_tokens=9, return_dict_in_generate=True, tree=vispec.TreeConfig()
+        )
         for d in (draft, loaded)
     )
     assert old.stats.accepted_per_round == new.stats.accepted_per_round
@@ -304,6 +306,7 @@ def test_a_reduced_head_comes_back_and_proposes_only_its_tokens(llava, tmp_path)
         inputs,
         max_new_tokens=9,
         do_sample=False,
+        tree=vispec.TreeConfig(depth=3, top_k=8),
         on_round=lambda event: proposed.update(event.tree.tokens[0, 1:].tolist()) if event.tree else None,
     )
     assert proposed and proposed <= set(allowed)
@@ -422,4 +425,6 @@ def test_a_text_only_eagle_checkpoint_drafts(tmp_path, bias):
     for images in (0, 2):
         inputs = family.prompt(images, seed=3)
         expected = family.model.generate(**inputs, max_new_tokens=16, do_sample=False)
-        assert torch.equal(vispec.fast_generate(family.model, draft, inputs, max_new_tokens=16), expected)
+        assert torch.equal(
+            vispec.fast_generate(family.model, draft, inputs, max_new_tokens=16, tree=vispec.TreeConfig()), expected
+        )

@@ -71,7 +71,7 @@ def test_text_families_answer_like_generate(name):
     expected = model.generate(**inputs, **OPTIONS)
     replay = ReplayDraft({tuple(tokens[0].tolist()): expected[0, 12:].tolist()}, tiny.VOCABULARY, hit_rate=0.9)
     for draft in (None, replay):
-        assert torch.equal(vispec.fast_generate(model, draft, inputs, **OPTIONS), expected)
+        assert torch.equal(vispec.fast_generate(model, draft, inputs, tree=vispec.TreeConfig(), **OPTIONS), expected)
 
 
 @pytest.mark.parametrize("name", REFUSED)
@@ -181,7 +181,7 @@ def test_further_vision_families_answer_like_generate(build):
     model = model.float().eval()
     expected = model.generate(**inputs, **OPTIONS)
     for draft in (None, vispec.ViSpecDraft.for_target(model)):
-        assert torch.equal(vispec.fast_generate(model, draft, inputs, **OPTIONS), expected)
+        assert torch.equal(vispec.fast_generate(model, draft, inputs, tree=vispec.TreeConfig(), **OPTIONS), expected)
 
 
 def test_a_vision_family_that_reads_its_prompt_in_both_directions_is_refused():

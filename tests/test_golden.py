@@ -17,6 +17,7 @@ from safetensors.torch import load_file
 
 from vispec import ops
 from vispec.cache import KeyValueCache
+from vispec.drafts.base import Plan
 from vispec.drafts.checkpoint import _config, _fill, _read_tensors
 from vispec.drafts.vispec import ViSpecDraft
 from vispec.prompt import Prompt, Span
@@ -71,7 +72,7 @@ def start_session(golden, scene: str):
         cache=KeyValueCache(lengths, [], []),
     )
     with torch.inference_mode():
-        session = golden.draft.start(golden.target, prompt, tokens[:, -1], golden.tree)
+        session = golden.draft.start(golden.target, prompt, tokens[:, -1])
     return session, recorded
 
 
@@ -107,16 +108,16 @@ def test_trees_and_accepted_paths_of_four_rounds(golden, scene):
     root = tokens[:, -1]
     length = torch.tensor([tokens.shape[1] - 1])
     with torch.inference_mode():
-        check_tree(session.propose(root), golden.recorded, f"{scene}.round0")
+        check_tree(session.propose(root, Plan(golden.tree)), golden.recorded, f"{scene}.round0")
         for number in range(1, 4):
             name = f"{scene}.round{number}"
-            tree = session.propose(root)
+            tree = session.propose(root, Plan(golden.tree))
             path, emitted, counts = accept(golden.recorded[f"{name}.target_logits"], tree, length)
             kept = int(counts)
             check_accepted(golden.recorded, name, tree, path[0, :kept], emitted[0, :kept])
             session.commit(golden.recorded[f"{name}.hidden_states"], emitted[:, :kept], counts, [kept])
             root, length = emitted[:, kept - 1], length + kept
-            check_tree(session.propose(root), golden.recorded, name)
+            check_tree(session.propose(root, Plan(golden.tree)), golden.recorded, name)
 
 
 def accept(logits: torch.Tensor, tree: DraftTree, length: torch.Tensor):

@@ -38,7 +38,9 @@ def test_greedy_speculation_equals_generate(name):
     new = expected[0, inputs["input_ids"].shape[1] :].tolist()
     replay = ReplayDraft({tuple(inputs["input_ids"][0].tolist()): new}, tiny.VOCABULARY, hit_rate=0.8)
     for draft in (None, vispec.ViSpecDraft.for_target(family.model), replay):
-        assert torch.equal(vispec.fast_generate(family.model, draft, inputs, max_new_tokens=32), expected)
+        assert torch.equal(
+            vispec.fast_generate(family.model, draft, inputs, max_new_tokens=32, tree=vispec.TreeConfig()), expected
+        )
 
 
 @pytest.mark.parametrize("name", tiny.VISION_FAMILIES)
@@ -48,7 +50,7 @@ def test_a_ragged_batch_equals_its_rows_alone(name):
     prompts = [family.prompt(row % 2, seed=10 + row, text=5 + 3 * row) for row in range(4)]
     draft = vispec.ViSpecDraft.for_target(family.model)
     batch = on_gpu(family.batch(prompts, "left"))
-    together = vispec.fast_generate(family.model, draft, batch, max_new_tokens=24)
+    together = vispec.fast_generate(family.model, draft, batch, max_new_tokens=24, tree=vispec.TreeConfig())
     for row, prompt in enumerate(prompts):
         prompt = on_gpu(prompt)
         alone = family.model.generate(**prompt, max_new_tokens=24, do_sample=False)
@@ -64,7 +66,7 @@ def test_a_seed_gives_the_cpus_tokens():
     expected = vispec.fast_generate(family.model, None, inputs, **options)
     family.model.cuda()
     draft = vispec.ViSpecDraft.for_target(family.model)
-    actual = vispec.fast_generate(family.model, draft, on_gpu(inputs), **options)
+    actual = vispec.fast_generate(family.model, draft, on_gpu(inputs), tree=vispec.TreeConfig(), **options)
     assert torch.equal(actual.cpu(), expected)
 
 

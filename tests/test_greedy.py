@@ -81,7 +81,9 @@ def test_speculation_equals_generate_on_a_video(families, name):
     family = families[name]
     inputs = family.video_prompt(frames=3, seed=5)
     expected = family.model.generate(**inputs, max_new_tokens=NEW_TOKENS, do_sample=False)
-    actual = vispec.fast_generate(family.model, fresh_draft(family.model), inputs, max_new_tokens=NEW_TOKENS)
+    actual = vispec.fast_generate(
+        family.model, fresh_draft(family.model), inputs, max_new_tokens=NEW_TOKENS, tree=vispec.TreeConfig()
+    )
     assert torch.equal(actual, expected)
 
 
@@ -99,7 +101,9 @@ def test_rows_of_a_ragged_batch_equal_rows_alone(families, name, side):
         "replay": ReplayDraft(answers, tiny.VOCABULARY, hit_rate=0.7, seed=2),
     }
     for label, draft in drafts.items():
-        sequences = vispec.fast_generate(family.model, draft, batch, max_new_tokens=NEW_TOKENS)
+        sequences = vispec.fast_generate(
+            family.model, draft, batch, max_new_tokens=NEW_TOKENS, tree=vispec.TreeConfig()
+        )
         assert torch.equal(sequences[:, : batch["input_ids"].shape[1]], batch["input_ids"])
         new = sequences[:, batch["input_ids"].shape[1] :].tolist()
         for row, key in enumerate(unpadded(batch)):
@@ -111,7 +115,9 @@ def test_left_padded_batch_equals_generate_on_the_batch(families):
     family = families["llava"]
     batch = family.batch([family.prompt(1, seed=row, text=4 + 2 * row) for row in range(4)], "left")
     expected = family.model.generate(**batch, max_new_tokens=NEW_TOKENS, do_sample=False)
-    actual = vispec.fast_generate(family.model, fresh_draft(family.model), batch, max_new_tokens=NEW_TOKENS)
+    actual = vispec.fast_generate(
+        family.model, fresh_draft(family.model), batch, max_new_tokens=NEW_TOKENS, tree=vispec.TreeConfig()
+    )
     assert torch.equal(actual, expected)
 
 
@@ -128,7 +134,7 @@ def test_end_tokens_and_limits_hold_inside_an_accepted_path(families, at):
         {"max_new_tokens": at + 1, "eos_token_id": full[at - 1]},
     ):
         expected = family.model.generate(**inputs, do_sample=False, **options)
-        actual = vispec.fast_generate(family.model, draft, inputs, **options)
+        actual = vispec.fast_generate(family.model, draft, inputs, tree=vispec.TreeConfig(), **options)
         assert torch.equal(actual, expected), options
 
 
@@ -152,7 +158,9 @@ def test_stopping_criteria_are_asked_after_every_token(families, extra):
     length = inputs["input_ids"].shape[1]
     draft = ReplayDraft({unpadded(inputs)[0]: full}, tiny.VOCABULARY, hit_rate=1.0)
     stop = StopAfter(length + extra)
-    sequences = vispec.fast_generate(family.model, draft, inputs, max_new_tokens=NEW_TOKENS, stopping_criteria=[stop])
+    sequences = vispec.fast_generate(
+        family.model, draft, inputs, max_new_tokens=NEW_TOKENS, stopping_criteria=[stop], tree=vispec.TreeConfig()
+    )
     assert sequences[0, length:].tolist() == full[:extra]
     assert stop.asked == list(range(length + 1, length + extra + 1))
 
@@ -174,7 +182,13 @@ def test_processors_see_each_nodes_own_history(families, options):
     batch = family.batch(prompts, "left")
     draft = ReplayDraft(expected, tiny.VOCABULARY, hit_rate=0.9)
     result = vispec.fast_generate(
-        family.model, draft, batch, max_new_tokens=NEW_TOKENS, return_dict_in_generate=True, **options
+        family.model,
+        draft,
+        batch,
+        max_new_tokens=NEW_TOKENS,
+        return_dict_in_generate=True,
+        tree=vispec.TreeConfig(),
+        **options,
     )
     assert result.stats.tau > 1
     new = result.sequences[:, batch["input_ids"].shape[1] :].tolist()
@@ -189,7 +203,9 @@ def test_the_models_own_generation_config_is_the_default(families):
     family.model.generation_config.max_new_tokens = 5
     family.model.generation_config.repetition_penalty = 1.5
     expected = family.model.generate(**inputs)
-    assert torch.equal(vispec.fast_generate(family.model, fresh_draft(family.model), inputs), expected)
+    assert torch.equal(
+        vispec.fast_generate(family.model, fresh_draft(family.model), inputs, tree=vispec.TreeConfig()), expected
+    )
 
 
 def test_twenty_tokens_without_any_limit(families):
@@ -205,7 +221,9 @@ def test_the_cache_grows_past_its_first_size(families):
     limit = 400
     expected = plain(family.model, inputs, max_new_tokens=limit, eos_token_id=tiny.VOCABULARY + 1)
     draft = ReplayDraft({unpadded(inputs)[0]: expected}, tiny.VOCABULARY, hit_rate=0.95)
-    actual = vispec.fast_generate(family.model, draft, inputs, max_new_tokens=limit, eos_token_id=tiny.VOCABULARY + 1)
+    actual = vispec.fast_generate(
+        family.model, draft, inputs, max_new_tokens=limit, eos_token_id=tiny.VOCABULARY + 1, tree=vispec.TreeConfig()
+    )
     assert actual[0, inputs["input_ids"].shape[1] :].tolist() == expected
 
 
@@ -213,7 +231,9 @@ def test_generation_up_to_the_last_position(families):
     family = families["llama"]
     inputs = family.prompt(0, seed=8, text=495)
     expected = family.model.generate(**inputs, max_new_tokens=17, do_sample=False)
-    actual = vispec.fast_generate(family.model, fresh_draft(family.model), inputs, max_new_tokens=17)
+    actual = vispec.fast_generate(
+        family.model, fresh_draft(family.model), inputs, max_new_tokens=17, tree=vispec.TreeConfig()
+    )
     assert torch.equal(actual, expected)
 
 
@@ -224,7 +244,9 @@ def test_any_attention_implementation_of_the_model(attention):
     inputs = family.prompt(1, seed=3)
     expected = family.model.generate(**inputs, max_new_tokens=NEW_TOKENS, do_sample=False)
     draft = fresh_draft(family.model)
-    assert torch.equal(vispec.fast_generate(family.model, draft, inputs, max_new_tokens=NEW_TOKENS), expected)
+    assert torch.equal(
+        vispec.fast_generate(family.model, draft, inputs, max_new_tokens=NEW_TOKENS, tree=vispec.TreeConfig()), expected
+    )
 
 
 class Recorder:
@@ -248,7 +270,9 @@ def test_a_streamer_gets_what_generate_would_give_it(families):
     expected, actual = Recorder(), Recorder()
     family.model.generate(**inputs, max_new_tokens=NEW_TOKENS, do_sample=False, streamer=expected)
     draft = ReplayDraft({unpadded(inputs)[0]: answer}, tiny.VOCABULARY, hit_rate=0.9)
-    vispec.fast_generate(family.model, draft, inputs, max_new_tokens=NEW_TOKENS, streamer=actual)
+    vispec.fast_generate(
+        family.model, draft, inputs, max_new_tokens=NEW_TOKENS, streamer=actual, tree=vispec.TreeConfig()
+    )
     assert actual.calls == expected.calls
     assert actual.ended == expected.ended == 1
 

@@ -20,7 +20,7 @@ ARROWS: dict[str, set[str]] = {
     "targets": {"prompt", "tree", "cache", "ops"},
     "drafts": {"targets", "prompt", "tree", "cache", "ops"},
     "decode": {"drafts.base", "targets", "prompt", "tree", "cache", "ops"},
-    "compare": {"decode", "tree"},
+    "compare": {"decode", "targets", "tree"},
     "demo": {"targets", "drafts", "tree"},
 }
 # The wiring: these rooms may import everything.

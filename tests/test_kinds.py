@@ -13,6 +13,7 @@ from tests import tiny
 from tests.test_draft import random_draft
 from tests.test_greedy import NEW_TOKENS, TREES, plain, unpadded
 from vispec.drafts import MedusaDraft, PromptLookupDraft, ViSpecDraft
+from vispec.drafts.base import Plan
 from vispec.prompt import Span
 from vispec.targets import load_target
 from vispec.train.checkpoint import _resized
@@ -152,11 +153,11 @@ def test_medusas_tree_holds_the_heads_best_combinations(families):
     inputs = family.batch([family.prompt(1, 3), family.prompt(0, 4, text=9)], "left")
     with torch.inference_mode():
         prompt = target.prefill(inputs)
-        session = draft.start(target, prompt, prompt.logits.argmax(-1), tree)
+        session = draft.start(target, prompt, prompt.logits.argmax(-1))
         features = torch.randn(2, 3, 64, generator=torch.Generator().manual_seed(1))
         last = prompt.features[0, prompt.lengths[0] - 1], features[1, 1]
         session.commit(features, torch.zeros(2, 3, dtype=torch.int64), torch.tensor([0, 2]), [0, 2])
-        found = session.propose(torch.tensor([5, 6]))
+        found = session.propose(torch.tensor([5, 6]), Plan(tree))
         for row in range(2):
             levels = []
             for head in range(3):
@@ -180,8 +181,9 @@ def test_medusas_tree_holds_the_heads_best_combinations(families):
                     place = parents[place]
                 actual[tuple(path)] = float(found.scores[row, node])
             assert actual == {path: pytest.approx(score, abs=1e-4) for path, score in wanted.items()}
-    with pytest.raises(ValueError, match="tree.depth must be below the draft's 6 heads, got 6"):
-        draft.start(target, prompt, prompt.logits.argmax(-1), TreeConfig(depth=6))
+        # No deeper than there are heads.
+        deepest = session.propose(torch.tensor([5, 6]), Plan(TreeConfig(depth=12, top_k=1, total_tokens=14)))
+        assert deepest.longest_path == deepest.size == 7
 
 
 def lookup(rows: list[list[int]], firsts: list[int], placeholders=(9,), **sizes):
@@ -190,7 +192,8 @@ def lookup(rows: list[list[int]], firsts: list[int], placeholders=(9,), **sizes)
     prompt = SimpleNamespace(tokens=tokens, lengths=torch.tensor([len(row) for row in rows]))
     tree = TreeConfig(**{"depth": 3, "top_k": 2, "total_tokens": 12, **sizes})
     target = SimpleNamespace(placeholder_tokens=list(placeholders))
-    return PromptLookupDraft().start(target, prompt, torch.tensor(firsts), tree)
+    session = PromptLookupDraft().start(target, prompt, torch.tensor(firsts))
+    return SimpleNamespace(propose=lambda roots: session.propose(roots, Plan(tree)), commit=session.commit)
 
 
 def test_prompt_lookup_proposes_what_followed():

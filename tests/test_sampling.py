@@ -57,7 +57,7 @@ def test_a_seed_gives_the_same_tokens_in_any_batch():
     options = {"max_new_tokens": 16, "do_sample": True, "top_k": 0}
     draft = fresh_draft(family.model)
     batch = family.batch(prompts, "left")
-    together = vispec.fast_generate(family.model, draft, batch, seed=seeds, **options)
+    together = vispec.fast_generate(family.model, draft, batch, seed=seeds, tree=vispec.TreeConfig(), **options)
     for row, (prompt, seed) in enumerate(zip(prompts, seeds, strict=True)):
         alone = vispec.fast_generate(family.model, None, prompt, seed=seed, **options)
         new = alone[0, prompt["input_ids"].shape[1] :].tolist()
@@ -186,19 +186,21 @@ class _Constant:
     def check(self, target) -> None:
         pass
 
-    def start(self, target, prompt, first_tokens, tree):
-        self.tree = tree
+    def widest(self, target) -> int:
+        return target.vocabulary
+
+    def start(self, target, prompt, first_tokens):
         self.position = torch.ones_like(first_tokens)
         return self
 
     def commit(self, features, tokens, counts, host_counts) -> None:
         self.position = self.position + counts
 
-    def propose(self, root_tokens):
+    def propose(self, root_tokens, plan):
         from vispec.tree import DraftTree
 
         batch, nodes = len(root_tokens), 3
-        tree = DraftTree.empty(batch, nodes, self.tree.longest_path, root_tokens.device)
+        tree = DraftTree.empty(batch, nodes, plan.tree.longest_path, root_tokens.device)
         tree.scores.zero_()
         tree.tokens[:, 0] = root_tokens
         table = torch.tensor([*self.tokens, 0, 1])

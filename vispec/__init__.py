@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib
 from types import ModuleType
 
+from vispec.compare import audit
 from vispec.decode import GenerationResult, GenerationStats, fast_generate
 from vispec.drafts import ViSpecDraft, load_draft
 from vispec.tree import TreeConfig
@@ -16,6 +17,7 @@ __all__ = [
     "GenerationStats",
     "TreeConfig",
     "ViSpecDraft",
+    "audit",
     "fast_generate",
     "load_draft",
 ]

@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from vispec.drafts import ViSpecDraft
+from vispec.drafts.base import Plan
 from vispec.prompt import Prompt
 from vispec.targets import Target
 from vispec.tree import DraftTree, TreeConfig
@@ -21,9 +22,11 @@ class PacedDraft:
         real: the draft whose passes are run.
         answers: [B, A] int64, what the target emits behind each prompt, token for token.
         tau: drafted tokens to accept a round; its whole part in some rounds and one more in the others.
+        tree: the sizes of every tree.
     """
 
-    def __init__(self, real: ViSpecDraft, answers: Tensor, tau: float) -> None:
+    def __init__(self, real: ViSpecDraft, answers: Tensor, tau: float, tree: TreeConfig) -> None:
+        self.tree = tree
         self.real = real
         self.answers = answers
         self.tau = tau
@@ -32,9 +35,13 @@ class PacedDraft:
         """See `Draft.check`."""
         self.real.check(target)
 
-    def start(self, target: Target, prompt: Prompt, first_tokens: Tensor, tree: TreeConfig) -> PacedSession:
+    def widest(self, target: Target) -> int:
+        """See `Draft.widest`."""
+        return self.real.widest(target)
+
+    def start(self, target: Target, prompt: Prompt, first_tokens: Tensor) -> PacedSession:
         """See `Draft.start`."""
-        return PacedSession(self, self.real.start(target, prompt, first_tokens, tree), tree, target.vocabulary)
+        return PacedSession(self, self.real.start(target, prompt, first_tokens), self.tree, target.vocabulary)
 
 
 class PacedSession:
@@ -61,18 +68,18 @@ class PacedSession:
                 words[index, ancestor // 64] |= bit - (1 << 64) if bit >> 63 else bit
         self.ancestors = words.to(device)
 
-    def fix(self, tokens: int) -> None:
+    def fix(self, tokens: int, tree: TreeConfig) -> None:
         """See `FixedSession.fix`."""
-        self.real.fix(tokens)
+        self.real.fix(tokens, tree)
 
     def commit(self, features: Tensor, tokens: Tensor, counts: Tensor, host_counts: list[int] | None) -> None:
         """See `DraftSession.commit`."""
         self.real.commit(features, tokens, counts, host_counts)
         self.emitted += counts
 
-    def propose(self, root_tokens: Tensor) -> DraftTree:
+    def propose(self, root_tokens: Tensor, plan: Plan) -> DraftTree:
         """See `DraftSession.propose`."""
-        tree = self.real.propose(root_tokens)
+        tree = self.real.propose(root_tokens, plan)
         answers, tau = self.draft.answers, self.draft.tau
         right = ((self.rounds + 1) * tau).floor() - (self.rounds * tau).floor()
         self.rounds += 1

@@ -16,7 +16,6 @@ from vispec.targets import load_target
 from vispec.train import fit
 from vispec.train.inputs import merge_inputs
 from vispec.train.rows import medusa_passes, read_target
-from vispec.tree import TreeConfig
 
 KINDS = {
     "eagle": {"num_queries": 0},
@@ -61,7 +60,7 @@ def test_medusas_rows_are_what_a_generation_reads(name):
         tokens = whole[row]["input_ids"][:, -count:]
         with torch.inference_mode():
             prompt = target.prefill(prompts[row])
-            session = draft.start(target, prompt, tokens[:, 0], TreeConfig(depth=2, top_k=2, total_tokens=3))
+            session = draft.start(target, prompt, tokens[:, 0])
             for root in range(count):
                 for head in range(3):
                     if root + head < count:

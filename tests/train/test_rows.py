@@ -13,7 +13,6 @@ from vispec.train.data import Sample
 from vispec.train.inputs import merge_inputs, sample_inputs
 from vispec.train.rows import feature_noise, read_target, supervised_rows, whole_passes
 from vispec.train.sources import ImageStore
-from vispec.tree import TreeConfig
 
 ANSWERS = (6, 9)
 
@@ -82,7 +81,7 @@ def test_the_first_pass_is_what_a_generation_computes(name, queries):
         tokens = whole[row]["input_ids"][:, -count:]
         with torch.inference_mode():
             prompt = target.prefill(prompts[row])
-            session = draft.start(target, prompt, tokens[:, 0], TreeConfig(depth=0, top_k=2, total_tokens=3))
+            session = draft.start(target, prompt, tokens[:, 0])
             for step in range(count):
                 torch.testing.assert_close(session._last[0], predicted[place + step], rtol=1e-3, atol=1e-3)
                 feature = readings[row].features[length - count + step]
@@ -142,14 +141,13 @@ def test_chains_are_what_a_generation_drafts(name, queries):
     draft = mild_draft(family.model, queries)
     readings = read_target(target, merge_inputs(whole))
     said = chain_passes(draft, readings, supervised, passes=deep)
-    tree = TreeConfig(depth=deep, top_k=1, total_tokens=deep + 2)
     place = 0
     for row, count in enumerate(ANSWERS):
         expected_counts = [[step >= number for step in range(count)] for number in range(deep)]
         assert said.counted[:, place : place + count].tolist() == expected_counts
         tokens = whole[row]["input_ids"][:, -count:]
         with torch.inference_mode():
-            session = draft.start(target, target.prefill(prompts[row]), tokens[:, 0], tree)
+            session = draft.start(target, target.prefill(prompts[row]), tokens[:, 0])
             for root in range(count):
                 parent, ancestors = session._last[:, None], torch.ones(1, 1, 1, dtype=torch.bool)
                 for number in range(1, min(deep, count - root)):

@@ -62,7 +62,8 @@ def run(arguments: argparse.Namespace) -> int:
     samples = demo.samples()[: arguments.pictures]
     shown = [_show(sample, loaded, tree, arguments) for sample in samples]
     if arguments.json:
-        print(json.dumps({"tree": vars(tree), "pictures": [one.as_dict() for one in shown]}))
+        shape = vars(tree) if isinstance(tree, TreeConfig) else tree
+        print(json.dumps({"tree": shape, "pictures": [one.as_dict() for one in shown]}))
     else:
         Console().print(_summary(shown))
     different = [one.name for one in shown if not one.comparison.identical]
@@ -71,7 +72,7 @@ def run(arguments: argparse.Namespace) -> int:
     return 1 if different else 0
 
 
-def _show(sample: Any, loaded: Loaded, tree: TreeConfig, arguments: argparse.Namespace) -> Shown:
+def _show(sample: Any, loaded: Loaded, tree: TreeConfig | str, arguments: argparse.Namespace) -> Shown:
     name = sample.path.stem
     if not arguments.json:
         console = Console(highlight=False)

@@ -4,16 +4,20 @@ from __future__ import annotations
 
 import argparse
 import json
+from dataclasses import replace
 from typing import Any
 
 import torch
 
 from vispec.cli.loading import DEMO, DTYPES, CommandError, load
 from vispec.cli.prompts import make_inputs, open_pictures
-from vispec.cli.running import answer, verdict_lines
-from vispec.compare import compare
+from vispec.cli.running import answer, audit_lines, verdict_lines
+from vispec.compare import audit, compare
+from vispec.decode.guard import EXACTNESS
 from vispec.tree import TreeConfig
 
+AUTO = "auto"
+TREES = (AUTO, "fixed")
 SAMPLING = ("top_k", "top_p", "min_p", "seed")
 
 
@@ -35,24 +39,34 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--device", default="auto", help="auto: a GPU where there is one")
     parser.add_argument("--threads", type=int, metavar="N", help="CPU threads")
     parser.add_argument("--compare", action="store_true", help="also run model.generate; compare tokens and speed")
+    parser.add_argument(
+        "--audit", action="store_true", help="check every token against one pass of the plain model over the answer"
+    )
+    parser.add_argument(
+        "--exact", choices=EXACTNESS, default=EXACTNESS[0], help="guard: near-ties are decided one token at a time"
+    )
     parser.add_argument("--show-tree", action="store_true", help="show every round's draft tree")
 
 
 def add_tree_arguments(parser: argparse.ArgumentParser) -> None:
-    """Declares the sizes of the draft tree."""
-    parser.add_argument("--depth", type=int, metavar="N", help="levels after the first")
+    """Declares how the draft tree is chosen."""
+    parser.add_argument(
+        "--tree", choices=TREES, default=AUTO, help="auto: chosen round by round (the default); fixed: always the same"
+    )
+    parser.add_argument("--depth", type=int, metavar="N", help="of a fixed tree: levels after the first")
     parser.add_argument("--width", "--top-k-tree", dest="width", type=int, metavar="N", help="children of a node")
     parser.add_argument("--total-tokens", type=int, metavar="N", help="nodes verified a round")
 
 
-def tree_of(arguments: argparse.Namespace, default: TreeConfig) -> TreeConfig:
-    """The draft tree as it was asked for."""
+def tree_of(arguments: argparse.Namespace, default: TreeConfig) -> TreeConfig | str:
+    """The draft tree as it was asked for; any size makes it a fixed one."""
     given = {
         "depth": arguments.depth,
         "top_k": arguments.width,
         "total_tokens": arguments.total_tokens,
     }
-    return TreeConfig(**{name: getattr(default, name) if size is None else size for name, size in given.items()})
+    given = {name: size for name, size in given.items() if size is not None}
+    return replace(default, **given) if given or arguments.tree != AUTO else AUTO
 
 
 def set_threads(count: int | None) -> None:
@@ -77,6 +91,8 @@ def _options(arguments: argparse.Namespace) -> dict[str, Any]:
             names = ", ".join("--" + name.replace("_", "-") for name in given)
             raise CommandError(f"{names}: --temperature must be above 0, got 0 (greedy)")
         return {**options, "do_sample": False}
+    if arguments.audit:
+        raise CommandError(f"--audit needs greedy answers: --temperature must be 0, got {arguments.temperature}")
     if arguments.compare:
         raise CommandError(f"--compare needs greedy answers: --temperature must be 0, got {arguments.temperature}")
     return {**options, **given, "do_sample": True, "temperature": arguments.temperature}
@@ -91,7 +107,7 @@ def _check(arguments: argparse.Namespace) -> None:
 
 
 def default_tree(model: str) -> TreeConfig:
-    """The demo has its own tree, tuned for CPUs."""
+    """What a fixed tree is where no sizes are given: the demo has its own, tuned for CPUs."""
     if model != DEMO:
         return TreeConfig()
     from vispec import demo
@@ -100,7 +116,10 @@ def default_tree(model: str) -> TreeConfig:
 
 
 def run(arguments: argparse.Namespace) -> int:
-    """Runs `vispec generate`. Returns: 0, or 1 when `--compare` found another answer."""
+    """Runs `vispec generate`.
+
+    Returns: 0, or 1 when `--compare` found another answer or `--audit` a token that is neither the argmax nor a tie.
+    """
     _check(arguments)
     options = _options(arguments)
     tree = tree_of(arguments, default_tree(arguments.model))
@@ -119,15 +138,21 @@ def run(arguments: argparse.Namespace) -> int:
         tree=tree,
         show_tree=arguments.show_tree,
         quiet=arguments.json,
+        exact=arguments.exact,
         **options,
     )
+    audited = None
+    if arguments.audit:
+        output = torch.cat([inputs["input_ids"], torch.tensor([found.tokens])], dim=1)
+        audited = audit(loaded.model, inputs, output, do_sample=False)
     comparison = None
     if arguments.compare:
         del options["do_sample"]
-        comparison = compare(loaded.model, loaded.draft, inputs, tree=tree, **options)
+        comparison = compare(loaded.model, loaded.draft, inputs, tree=tree, exact=arguments.exact, **options)
     if arguments.json:
         compared = None if comparison is None else comparison.as_dict()
-        print(json.dumps({"model": arguments.model, **found.as_dict(), "comparison": compared}))
+        checked = None if audited is None else audited.as_dict()
+        print(json.dumps({"model": arguments.model, **found.as_dict(), "comparison": compared, "audit": checked}))
     elif comparison is not None:
         print("\n" + "\n".join(verdict_lines(comparison)))
     else:
@@ -136,4 +161,7 @@ def run(arguments: argparse.Namespace) -> int:
             f"({len(found.tokens) / found.seconds:.1f} tokens/s), tau {found.stats.tau:.2f}, "
             f"{found.stats.tokens_per_round:.2f} tokens a round"
         )
-    return 0 if comparison is None or comparison.identical else 1
+    if audited is not None and not arguments.json:
+        print("\n".join(audit_lines(audited)))
+    passed = (comparison is None or comparison.identical) and (audited is None or audited.passed)
+    return 0 if passed else 1

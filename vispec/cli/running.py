@@ -12,7 +12,7 @@ from transformers import TextStreamer
 
 from vispec.cli.loading import Loaded
 from vispec.cli.tree_view import Word, rich_tree, words_of
-from vispec.compare import Comparison
+from vispec.compare import Audit, Comparison
 from vispec.decode import GenerationStats, fast_generate
 from vispec.decode.round import RoundEvent
 from vispec.tree import TreeConfig
@@ -50,6 +50,8 @@ class Answer:
             "tau": stats.tau,
             "tokens_per_round": stats.tokens_per_round,
             "rounds": stats.rounds,
+            "nodes_per_round": stats.nodes_per_round,
+            "guarded": stats.guarded,
             "phase_seconds": {
                 "prefill": stats.prefill_seconds,
                 "draft": stats.draft_seconds,
@@ -85,7 +87,7 @@ def answer(
     loaded: Loaded,
     inputs: Mapping[str, Any],
     *,
-    tree: TreeConfig,
+    tree: TreeConfig | str,
     show_tree: bool = False,
     quiet: bool = False,
     **options: Any,
@@ -134,4 +136,20 @@ def verdict_lines(comparison: Comparison) -> list[str]:
         f"{comparison.plain.tokens_per_second:.1f} of model.generate: "
         f"speed-up {comparison.speed_up:.2f}x"
     )
+    return lines
+
+
+def audit_lines(audit: Audit) -> list[str]:
+    """What an audit found, in words."""
+    if not audit.departures:
+        return [f"audit: passed, each of {audit.tokens} tokens is the plain model's argmax"]
+    count = len(audit.departures)
+    verdict = "passed" if audit.passed else "failed"
+    lines = [f"audit: {verdict}, {count} of {audit.tokens} tokens not the plain model's argmax"]
+    for found in audit.departures:
+        kind = "tie" if found.tie else "no tie"
+        lines.append(
+            f"  token {found.token}: {found.emitted} for {found.best}, gap {found.gap:.3g}, "
+            f"{found.steps:.3g} steps: {kind}"
+        )
     return lines

@@ -125,7 +125,8 @@ def compare(
     draft: Draft | None,
     inputs: Mapping[str, Any],
     *,
-    tree: TreeConfig | None = None,
+    tree: TreeConfig | str = "auto",
+    exact: str = "law",
     max_new_tokens: int,
     repeats: int = 1,
     warmup: int = WARMUP_TOKENS,
@@ -140,7 +141,7 @@ def compare(
     texts go their own ways and are not compared further.
 
     Args:
-        model, draft, inputs, tree: as for `fast_generate`.
+        model, draft, inputs, tree, exact: as for `fast_generate`.
         max_new_tokens: limit of both.
         repeats: timed runs of each, in turn A B A B.
         warmup: new tokens of one untimed run of each beforehand; 0 for none.
@@ -167,6 +168,7 @@ def compare(
             draft,
             inputs,
             tree=tree,
+            exact=exact,
             max_new_tokens=limit,
             return_dict_in_generate=True,
             **options,

@@ -73,14 +73,19 @@ def find_difference(
     return tie
 
 
-def tie_limit(best: float, dtype: torch.dtype) -> float:
-    """The gap below which the order of the two best logits is left to rounding.
+def step_at(value: float, dtype: torch.dtype) -> float:
+    """The distance between numbers of a dtype around a value.
 
-    A step at x in a dtype with a relative precision of eps is 2**floor(log2|x|) * eps, where eps
-    is 2**-7 in bf16, 2**-10 in fp16 and 2**-23 in fp32.
+    At x in a dtype with a relative precision of eps it is 2**floor(log2|x|) * eps, where eps is
+    2**-7 in bf16, 2**-10 in fp16 and 2**-23 in fp32.
     """
     smallest = torch.finfo(dtype).smallest_normal
-    return TIE_STEPS[dtype] * 2.0 ** math.floor(math.log2(max(abs(best), smallest))) * torch.finfo(dtype).eps
+    return 2.0 ** math.floor(math.log2(max(abs(value), smallest))) * torch.finfo(dtype).eps
+
+
+def tie_limit(best: float, dtype: torch.dtype) -> float:
+    """The gap below which the order of the two best logits is left to rounding: `TIE_STEPS` steps."""
+    return TIE_STEPS[dtype] * step_at(best, dtype)
 
 
 def _judge(

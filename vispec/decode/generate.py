@@ -3,14 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
-from typing import Any
+from dataclasses import dataclass, replace
+from functools import partial
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
 
+from vispec.decode import memory
 from vispec.decode.graph import LateEngine
-from vispec.decode.round import Engine, RoundEvent
+from vispec.decode.guard import EXACTNESS, GUARD
+from vispec.decode.policy import AdaptiveTree, FixedTree, TreePolicy
+from vispec.decode.round import Engine, RoundEvent, Speculation
 from vispec.decode.stats import GenerationStats
 from vispec.decode.stopping import Transcript
 from vispec.drafts.base import Draft, FixedSession
@@ -40,8 +44,9 @@ def fast_generate(
     draft: Draft | None,
     inputs: Mapping[str, Any],
     *,
-    tree: TreeConfig | None = None,
+    tree: TreeConfig | Literal["auto"] = "auto",
     seed: int | Sequence[int] | None = None,
+    exact: Literal["law", "guard"] = "law",
     streamer: Any = None,
     on_round: Callable[[RoundEvent], None] | None = None,
     graphs: bool | None = None,
@@ -58,14 +63,24 @@ def fast_generate(
         draft: a draft made for this model, or None for plain decoding on the same engine.
         inputs: what the processor returned; `input_ids` [B, S] int64 with an `attention_mask` when rows are padded
             (left or right), and the pictures.
-        tree: sizes of the draft tree (default: depth 3, top_k 8, 30 nodes).
+        tree: "auto" chooses the sizes of the draft tree round by round for most tokens a second, and decodes
+            plainly where a tree would not pay; it learns costs and acceptance from the rounds and remembers them for
+            later calls with the same model and draft. It needs a host that waits for each pass: on a GPU, and with
+            `graphs`, it is `TreeConfig()`. A `TreeConfig` is kept to in every round.
         seed: key of the sampling noise: one for all rows (equal prompts then get equal answers) or one a row.
             Default: drawn from torch's generator, one a row.
+        exact: "law": every token is the argmax, or a draw, of the logits that the pass over the tree gave. In float32
+            that is `generate`'s answer token for token; 16-bit formats round a pass over many tokens otherwise than
+            one over one, and where the two best logits are a step or two apart either may win. "guard" (greedy only):
+            where they are less than `guard.GUARD_STEPS` steps apart the path is cut, and a pass over that one token
+            decides, as in plain decoding. It costs one plain step for each such place and makes other answers than
+            `generate`'s rarer; it proves nothing, since keys and values still come from passes over trees.
         streamer: a Hugging Face streamer; batch 1.
         on_round: called after every round with a `RoundEvent`.
         graphs: keep a round's state on the device, replay each round as one CUDA graph and read its result one round
             late. Default: on a CUDA device, where nothing needs the host in every round (logits processors,
-            `on_round`, a draft that runs on the host). On a CPU, True runs the same rounds call by call.
+            `on_round`, `exact="guard"`, a draft that runs on the host). On a CPU, True runs the same rounds call by
+            call.
         **options: generation options by `generate`'s names (max_new_tokens, max_length, do_sample, temperature,
             top_k, top_p, min_p, eos_token_id, pad_token_id, repetition_penalty, stopping_criteria, ...);
             what is not given comes from the model's `generation_config`.
@@ -82,12 +97,18 @@ def fast_generate(
     tokens = inputs["input_ids"]
     settings = resolve_settings(target.model, tokens, options)
     inputs.setdefault("attention_mask", _inferred_mask(tokens, settings))
-    tree = TreeConfig() if tree is None else tree
     _check_limits(target, draft, inputs, settings, tree, streamer)
-    late = _late(
-        graphs, target.device, {"logits processors": bool(settings.processors), "on_round": on_round is not None}
-    )
     sampling = _sampling(settings, seed, len(tokens), target)
+    _check_exactness(exact, sampling)
+    late = _late(
+        graphs,
+        target.device,
+        {
+            "logits processors": bool(settings.processors),
+            "on_round": on_round is not None,
+            'exact="guard"': exact == GUARD,
+        },
+    )
     stats = GenerationStats()
     with torch.inference_mode(), target.session():
         self_check(target, inputs)
@@ -104,22 +125,25 @@ def fast_generate(
             torch.tensor(settings.eos_token_ids, dtype=torch.int64, device=tokens.device),
             settings.processors,
             stats,
+            target.dtype if exact == GUARD else None,
         )
         watch = _Watcher(streamer, on_round, tokens)
         with stats.timed("accept"):
             event = engine.first(prompt.logits)
         watch(event)
-        if draft is not None and not transcript.done:
-            with stats.timed("draft"):
-                engine.draft = draft.start(target, prompt, engine.roots, tree)
+        if draft is not None:
+            circumstances = (len(tokens), sampling is not None, torch.get_num_threads())
+            policy = _policy(target, draft, tree, circumstances, late)
+            start = partial(draft.start, target, prompt, engine.roots)
+            engine.speculation = Speculation(policy, start)
         del prompt
-        on_host = not isinstance(engine.draft, FixedSession | None)
-        late = late and _late(graphs, target.device, {f"a draft on the host ({type(draft).__name__})": on_host})
         if late and not transcript.done:
-            engine = LateEngine(engine, tree, capture=target.device.type == "cuda")
+            engine = _started_late(engine, graphs, draft)
         while not transcript.done:
             watch(engine.step())
         watch.end()
+        if draft is not None and isinstance(policy, AdaptiveTree):
+            memory.keep(target.model, draft, circumstances, policy)
     sequences = transcript.sequences(tokens, settings.pad_token_id or 0)
     return GenerationResult(sequences, stats) if settings.return_dict else sequences
 
@@ -133,6 +157,19 @@ def _late(graphs: bool | None, device: torch.device, hosts: Mapping[str, bool]) 
     if graphs and found:
         raise ValueError(f"fast_generate: graphs must not be True with {' and '.join(found)}")
     return device.type == "cuda" and not found if graphs is None else graphs
+
+
+def _started_late(engine: Engine, graphs: bool | None, draft: Draft | None) -> Engine | LateEngine:
+    """The engine with its draft started, running ahead of the host unless that draft needs it in every round."""
+    capture = engine.roots.is_cuda
+    if engine.speculation is None:
+        return LateEngine(engine, None, None, capture=capture)
+    with engine.stats.timed("draft"):
+        session = engine.speculation.session()
+    on_host = {f"a draft that runs on the host ({type(draft).__name__})": not isinstance(session, FixedSession)}
+    if not _late(graphs, engine.roots.device, on_host):
+        return engine
+    return LateEngine(engine, session, engine.speculation.policy.next(engine.transcript.finished), capture=capture)
 
 
 class _Watcher:
@@ -195,9 +232,11 @@ def _check_limits(
     draft: Draft | None,
     inputs: Mapping[str, Any],
     settings: GenerationSettings,
-    tree: TreeConfig,
+    tree: TreeConfig | str,
     streamer: Any,
 ) -> None:
+    if not isinstance(tree, TreeConfig) and tree != "auto":
+        raise ValueError(f'fast_generate: tree must be "auto" or a TreeConfig, got {tree!r}')
     batch = inputs["input_ids"].shape[0]
     length = int(inputs["attention_mask"].sum(1).max())
     limit = target.max_positions
@@ -210,10 +249,34 @@ def _check_limits(
         raise ValueError(f"fast_generate: a streamer takes batch 1, got {batch}")
     if draft is not None:
         draft.check(target)
-        if tree.top_k > target.vocabulary:
+        widest = draft.widest(target)
+        if isinstance(tree, TreeConfig) and tree.top_k > widest:
             raise ValueError(
-                f"fast_generate: tree.top_k must be at most the vocabulary {target.vocabulary}, got {tree.top_k}"
+                f"fast_generate: tree.top_k must be at most the {widest} tokens that the draft proposes from, "
+                f"got {tree.top_k}"
             )
+
+
+def _policy(target: Target, draft: Draft, tree: TreeConfig | str, circumstances: tuple, late: bool) -> TreePolicy:
+    """Who chooses the trees: what was remembered, something fresh, or the caller."""
+    if isinstance(tree, TreeConfig):
+        return FixedTree(tree)
+    widest = draft.widest(target)
+    if late or target.device.type != "cpu":
+        # Here passes run behind the host's back, and its clock says nothing of them.
+        default = TreeConfig()
+        return FixedTree(replace(default, top_k=min(default.top_k, widest)))
+    return memory.recall(target.model, draft, circumstances) or AdaptiveTree(widest)
+
+
+def _check_exactness(exact: str, sampling: Sampling | None) -> None:
+    if exact not in EXACTNESS:
+        raise ValueError(f"fast_generate: exact must be one of {', '.join(EXACTNESS)}, got {exact!r}")
+    if exact == GUARD and sampling is not None:
+        raise ValueError(
+            'fast_generate: exact must be "law" where do_sample is True, got "guard": '
+            "near-ties only decide greedy answers"
+        )
 
 
 def _sampling(

@@ -10,8 +10,9 @@ from contextlib import nullcontext
 import torch
 from torch import Tensor
 
-from vispec.decode.round import Engine, RoundEvent
-from vispec.tree import TreeConfig
+from vispec.decode.round import Engine, RoundEvent, committed
+from vispec.drafts.base import FixedSession, Plan
+from vispec.tree import DraftTree
 
 # Rounds that run call by call before the capture, in which libraries choose algorithms and allocate workspaces.
 WARM_UP_ROUNDS = 2
@@ -29,14 +30,17 @@ class LateEngine:
     at the end; finished rows emit nothing in it.
 
     Args:
-        engine: one that has taken its first token and started its draft, if it has one: a `FixedSession`.
-        tree: what that draft was started with.
+        engine: one that has taken its first token.
+        session: the draft's, started behind that token; None for plain decoding.
+        plan: what every round asks of the draft.
         capture: replay rounds as CUDA graphs; False runs the same work call by call, on any device.
     """
 
-    def __init__(self, engine: Engine, tree: TreeConfig, *, capture: bool) -> None:
+    def __init__(self, engine: Engine, session: FixedSession | None, plan: Plan, *, capture: bool) -> None:
         self.engine = engine
-        self._nodes, self._path = (1, 1) if engine.draft is None else (tree.nodes, tree.longest_path)
+        self._session = session
+        self._plan = plan
+        self._nodes, self._path = (1, 1) if session is None else (plan.tree.nodes, plan.tree.longest_path)
         self.round = Replayed(self._run, type(getattr(engine.target, "model", engine.target)).__name__, capture)
         self._reader = LateReader()
         self._longest = max(engine.cache.host_lengths)
@@ -52,27 +56,35 @@ class LateEngine:
             rows = self._reader.due()
         if rows is None:
             return None
-        kept, paths = self.engine.read(rows)
+        heard = self.engine.read(rows, self._nodes)
         transcript = self.engine.transcript
         lengths = zip(transcript.prompt_lengths, transcript.rows, strict=True)
         self._longest = max(prompt + len(emitted) for prompt, emitted in lengths)
-        return RoundEvent(None, paths, kept)
+        return RoundEvent(None, heard.paths, heard.emitted)
 
     def _run(self) -> Tensor:
-        outcome = self.engine.forward()
-        self.engine.advance(outcome, None)
-        return outcome.packed()
+        engine, session = self.engine, self._session
+        with engine.stats.timed("draft"):
+            if session is None:
+                tree = DraftTree.root_only(engine.roots)
+            else:
+                tree = session.propose(engine.roots, self._plan)
+        accepted, features = engine.judge(tree)
+        engine.advance(accepted, None)
+        if session is not None:
+            with engine.stats.timed("draft"):
+                session.commit(*committed(accepted, features, None))
+        return accepted.packed()
 
     def _make_room(self) -> None:
         """Sees to it that the rounds under way and the next one find slots; growing forgets the graph."""
-        engine = self.engine
         needed = self._longest + (LATE_ROUNDS + 2) * self._path
         if needed <= self._tokens:
             return
         self._tokens = -(-(needed + TOKENS_AHEAD) // TOKENS_AHEAD) * TOKENS_AHEAD
-        engine.cache.fix(self._tokens + self._nodes)
-        if engine.draft is not None:
-            engine.draft.fix(self._tokens)
+        self.engine.cache.fix(self._tokens + self._nodes)
+        if self._session is not None:
+            self._session.fix(self._tokens, self._plan.tree)
         self.round.reset()
 
 

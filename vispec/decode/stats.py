@@ -18,6 +18,8 @@ class GenerationStats:
         rounds: rounds of verification, the prefill not among them.
         accepted_per_round: drafted tokens accepted, one entry for each row that was still running in a round. The
             last token of a round counts as the bonus token, also where the row ended before its path did.
+        nodes_per_round: nodes verified in each row, one entry a round; 1 is a round of plain decoding.
+        guarded: near-ties that a pass over one token decided (`exact="guard"`).
         new_tokens: tokens emitted over all rows.
         prefill_seconds, draft_seconds, verify_seconds, accept_seconds: time of each phase; on a GPU the time until
             the host could go on, since kernels run behind it.
@@ -26,6 +28,8 @@ class GenerationStats:
 
     rounds: int = 0
     accepted_per_round: list[int] = field(default_factory=list)
+    nodes_per_round: list[int] = field(default_factory=list)
+    guarded: int = 0
     new_tokens: int = 0
     prefill_seconds: float = 0.0
     draft_seconds: float = 0.0

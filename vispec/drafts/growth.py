@@ -8,8 +8,9 @@ import torch
 from torch import Tensor
 
 from vispec import ops
+from vispec.drafts.base import Plan
 from vispec.drafts.head import DraftHead
-from vispec.tree import DraftTree, TreeConfig
+from vispec.tree import DraftTree
 
 
 class Frontier(NamedTuple):
@@ -22,28 +23,32 @@ class Frontier(NamedTuple):
 
 
 class TreeGrower:
-    """The candidates of one row's tree after another, kept for a whole generation of B rows."""
+    """The candidates of one tree a row while it grows behind its root [B], as large as the plan lets it."""
 
-    def __init__(self, tree: TreeConfig, head: DraftHead, batch: int, device: torch.device) -> None:
-        self.tree = tree
+    def __init__(self, plan: Plan, head: DraftHead, root_tokens: Tensor) -> None:
+        batch, device = len(root_tokens), root_tokens.device
+        self.plan = plan
         self.head = head
-        self._tokens = torch.empty(batch, tree.candidates, dtype=torch.int64, device=device)
+        self.levels = 0
+        self._roots = root_tokens
+        self._grown = 0
+        self._tokens = torch.empty(batch, plan.tree.candidates, dtype=torch.int64, device=device)
         self._parents = torch.empty_like(self._tokens)
-        self._scores = torch.empty(batch, tree.candidates, dtype=torch.float32, device=device)
+        self._scores = torch.empty_like(self._tokens, dtype=torch.float32)
 
-    def root(self, root_tokens: Tensor) -> Frontier:
-        """The frontier of the roots [B] alone."""
-        shape, device = (len(root_tokens), 1), root_tokens.device
+    def root(self) -> Frontier:
+        """The frontier of the roots alone."""
+        shape, device = (len(self._roots), 1), self._roots.device
         return Frontier(
             candidates=torch.full(shape, -1, dtype=torch.int64, device=device),
             rows=torch.zeros(shape, dtype=torch.int64, device=device),
-            tokens=root_tokens[:, None],
+            tokens=self._roots[:, None],
             scores=torch.zeros(shape, dtype=torch.float32, device=device),
         )
 
-    def grow(self, logits: Tensor, frontier: Frontier, level: int) -> Frontier:
-        """Scores the children of level `level` (0: the root's) by logits [B, R, Vd]; picks the next frontier."""
-        batch, device, top_k = len(logits), logits.device, self.tree.top_k
+    def grow(self, logits: Tensor, frontier: Frontier) -> Frontier:
+        """Scores the children of a frontier by logits [B, R, Vd]; picks the next frontier."""
+        batch, device, top_k = len(logits), logits.device, self.plan.tree.top_k
         following = Frontier(
             *(torch.empty(batch, top_k, dtype=torch.int64, device=device) for _ in range(3)),
             scores=torch.empty(batch, top_k, dtype=torch.float32, device=device),
@@ -55,23 +60,33 @@ class TreeGrower:
             candidate_tokens=self._tokens,
             candidate_scores=self._scores,
             candidate_parents=self._parents,
-            offset=top_k + (level - 1) * top_k * top_k if level else 0,
+            offset=self._grown,
             next_frontier=following.candidates,
             next_rows=following.rows,
             next_tokens=following.tokens,
             next_scores=following.scores,
             head_tokens=self.head.tokens,
         )
+        self.levels += 1
+        self._grown += logits.shape[1] * top_k
         return following
 
-    def build(self, root_tokens: Tensor) -> DraftTree:
-        """The best candidates of all levels as a tree behind each root [B]."""
-        tree = DraftTree.empty(len(root_tokens), self.tree.nodes, self.tree.longest_path, root_tokens.device)
+    def deeper(self, frontier: Frontier) -> bool:
+        """Whether the plan wants a level behind this frontier."""
+        return self.levels <= self.plan.tree.depth and self.plan.deeper(frontier.scores, self._scores[:, : self._grown])
+
+    def build(self) -> DraftTree:
+        """The best of all candidates as a tree behind each root."""
+        tokens, parents, scores = (
+            values[:, : self._grown].contiguous() for values in (self._tokens, self._parents, self._scores)
+        )
+        nodes = self.plan.nodes(scores)
+        tree = DraftTree.empty(len(tokens), nodes, min(self.levels + 1, nodes), tokens.device)
         ops.build_tree(
-            root_tokens,
-            self._tokens,
-            self._scores,
-            self._parents,
+            self._roots,
+            tokens,
+            scores,
+            parents,
             tokens=tree.tokens,
             parents=tree.parents,
             depths=tree.depths,

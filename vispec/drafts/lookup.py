@@ -8,9 +8,10 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from vispec.drafts.base import Plan
 from vispec.prompt import Prompt
 from vispec.targets import Target
-from vispec.tree import DraftTree, TreeConfig
+from vispec.tree import DraftTree
 
 LONGEST_MATCH = 3
 
@@ -26,26 +27,28 @@ class PromptLookupDraft:
     def check(self, target: Target) -> None:
         """Any target will do."""
 
-    def start(self, target: Target, prompt: Prompt, first_tokens: Tensor, tree: TreeConfig) -> PromptLookupSession:
+    def widest(self, target: Target) -> int:
+        """See `Draft.widest`; a chain is narrower than any tree."""
+        return target.vocabulary
+
+    def start(self, target: Target, prompt: Prompt, first_tokens: Tensor) -> PromptLookupSession:
         """Reads a prefilled prompt; see `Draft.start`. Notes: the host reads the prompt's tokens."""
-        return PromptLookupSession(self, target, prompt, first_tokens, tree)
+        return PromptLookupSession(self, target, prompt, first_tokens)
 
 
 class PromptLookupSession:
     """See `vispec.drafts.base.DraftSession`. Proposes a chain, or the root alone where nothing occurred before."""
 
-    def __init__(
-        self, draft: PromptLookupDraft, target: Target, prompt: Prompt, first_tokens: Tensor, tree: TreeConfig
-    ) -> None:
+    def __init__(self, draft: PromptLookupDraft, target: Target, prompt: Prompt, first_tokens: Tensor) -> None:
         self.draft = draft
-        self.longest = tree.longest_path - 1
         self.placeholders = frozenset(target.placeholder_tokens)
         rows = zip(prompt.tokens.tolist(), prompt.lengths.tolist(), first_tokens.tolist(), strict=True)
         self._histories = [[*tokens[:length], first] for tokens, length, first in rows]
 
-    def propose(self, root_tokens: Tensor) -> DraftTree:
+    def propose(self, root_tokens: Tensor, plan: Plan) -> DraftTree:
         """A chain behind each root; see `DraftSession.propose`."""
-        found = [self._continuation(history) for history in self._histories]
+        longest = plan.tree.longest_path - 1
+        found = [self._continuation(history, longest) for history in self._histories]
         nodes = 1 + max(map(len, found))
         # Rows that found less are filled up; the target refuses what does not fit.
         chains = [[history[-1], *chain] for history, chain in zip(self._histories, found, strict=True)]
@@ -65,13 +68,13 @@ class PromptLookupSession:
         for history, row, count in zip(self._histories, tokens.tolist(), host_counts, strict=True):
             history.extend(row[:count])
 
-    def _continuation(self, history: list[int]) -> list[int]:
+    def _continuation(self, history: list[int], longest: int) -> list[int]:
         """What followed the latest earlier occurrence of the longest ending that occurred before."""
         for size in range(min(self.draft.longest_match, len(history) - 1), 0, -1):
             ending = history[-size:]
             for start in range(len(history) - size - 1, -1, -1):
                 if history[start : start + size] == ending:
-                    chain = history[start + size : start + size + self.longest]
+                    chain = history[start + size : start + size + longest]
                     stops = [place for place, token in enumerate(chain) if token in self.placeholders]
                     return chain[: stops[0]] if stops else chain
         return []

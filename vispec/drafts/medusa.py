@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from vispec.drafts.base import check_sizes
+from vispec.drafts.base import Plan, check_sizes
 from vispec.drafts.files import write_draft
 from vispec.drafts.growth import TreeGrower
 from vispec.drafts.head import DraftHead
@@ -67,40 +67,41 @@ class MedusaDraft(nn.Module):
         """What head `head` makes of features [..., C]: the feature so many tokens further on, [..., C]."""
         return features + F.silu(self.blocks[head](features))
 
-    def start(self, target: Target, prompt: Prompt, first_tokens: Tensor, tree: TreeConfig) -> MedusaSession:
-        """Reads a prefilled prompt; see `Draft.start`.
+    def widest(self, target: Target) -> int:
+        """Columns of the head; see `Draft.widest`."""
+        return self.head_tokens.numel() or target.vocabulary
 
-        Raises: ValueError for a tree with more levels than heads.
-        """
-        if tree.depth >= self.config.num_heads:
-            raise ValueError(
-                f"medusa: tree.depth must be below the draft's {self.config.num_heads} heads, got {tree.depth}"
-            )
-        return MedusaSession(self, target, prompt, tree)
+    def start(self, target: Target, prompt: Prompt, first_tokens: Tensor) -> MedusaSession:
+        """Reads a prefilled prompt; see `Draft.start`."""
+        return MedusaSession(self, target, prompt)
 
 
 class MedusaSession:
     """See `vispec.drafts.base.DraftSession`. All nodes of a level share one distribution."""
 
-    def __init__(self, draft: MedusaDraft, target: Target, prompt: Prompt, tree: TreeConfig) -> None:
+    def __init__(self, draft: MedusaDraft, target: Target, prompt: Prompt) -> None:
         self.draft = draft
-        self.tree = tree
         self.head = DraftHead(target.head, draft.head_tokens)
         batch, device = len(prompt.lengths), prompt.lengths.device
-        self._grower = TreeGrower(tree, self.head, batch, device)
         # The target's feature of the token before the root, [B, C].
         self._last = prompt.features[torch.arange(batch, device=device), prompt.lengths - 1]
 
-    def propose(self, root_tokens: Tensor) -> DraftTree:
-        """Grows the tree level by level; see `DraftSession.propose`."""
-        frontier = self._grower.root(root_tokens)
-        for level in range(self.tree.depth + 1):
-            logits = self.head(self.draft(self._last, level))[:, None]
-            frontier = self._grower.grow(logits.expand(-1, frontier.tokens.shape[1], -1), frontier, level)
-        return self._grower.build(root_tokens)
+    def propose(self, root_tokens: Tensor, plan: Plan) -> DraftTree:
+        """Grows the tree level by level, as deep as there are heads; see `DraftSession.propose`."""
+        grower = TreeGrower(plan, self.head, root_tokens)
+        frontier = grower.root()
+        for head in range(self.draft.config.num_heads):
+            if head and not grower.deeper(frontier):
+                break
+            logits = self.head(self.draft(self._last, head))[:, None]
+            frontier = grower.grow(logits.expand(-1, frontier.tokens.shape[1], -1), frontier)
+        return grower.build()
 
-    def commit(self, features: Tensor, tokens: Tensor, counts: Tensor, host_counts: list[int]) -> None:
+    def fix(self, tokens: int, tree: TreeConfig) -> None:
+        """See `FixedSession.fix`: nothing moves, and nothing is read back."""
+
+    def commit(self, features: Tensor, tokens: Tensor, counts: Tensor, host_counts: list[int] | None) -> None:
         """Keeps the feature of the last committed node; see `DraftSession.commit`."""
         rows = torch.arange(len(counts), device=counts.device)
         last = features[rows, (counts - 1).clamp(min=0)]
-        self._last = torch.where((counts > 0)[:, None], last, self._last)
+        self._last.copy_(torch.where((counts > 0)[:, None], last, self._last))

@@ -16,6 +16,7 @@ from vispec.prompt import Prompt
 from vispec.tree import DraftTree, TreeConfig
 
 if TYPE_CHECKING:
+    from vispec.drafts.base import Plan
     from vispec.drafts.vispec import ViSpecDraft
     from vispec.targets import Target
 
@@ -57,15 +58,11 @@ class ViSpecSession:
     a pass (`_last`, [B, C]) predicts the children of the next root.
     """
 
-    def __init__(
-        self, draft: ViSpecDraft, target: Target, prompt: Prompt, first_tokens: Tensor, tree: TreeConfig
-    ) -> None:
+    def __init__(self, draft: ViSpecDraft, target: Target, prompt: Prompt, first_tokens: Tensor) -> None:
         self.draft = draft
-        self.tree = tree
         self.runtime = draft.runtime(target)
         self.embedding = target.embedding
         self._prefill(prompt, first_tokens)
-        self._grower = TreeGrower(tree, self.runtime.head, len(first_tokens), first_tokens.device)
 
     def _prefill(self, prompt: Prompt, first_tokens: Tensor) -> None:
         first = self.embedding(first_tokens)
@@ -100,10 +97,9 @@ class ViSpecSession:
         self._positions = prompt.lengths.clone()
         self._constant = self.runtime.constant(torch.stack(visuals))
 
-    def fix(self, tokens: int) -> None:
+    def fix(self, tokens: int, tree: TreeConfig) -> None:
         """See `FixedSession.fix`; the compressed sequence is never longer than the uncompressed one."""
-        levels = self.tree.depth * self.tree.top_k
-        self.cache.fix(tokens + max(levels, self.tree.longest_path))
+        self.cache.fix(tokens + max(tree.depth * tree.top_k, tree.longest_path))
 
     def commit(self, features: Tensor, tokens: Tensor, counts: Tensor, host_counts: list[int] | None) -> None:
         """Runs the layer over the newly committed tokens; see `DraftSession.commit`."""
@@ -119,23 +115,25 @@ class ViSpecSession:
         self.cache.advance(counts, host_counts)
         self._positions += counts
 
-    def propose(self, root_tokens: Tensor) -> DraftTree:
+    def propose(self, root_tokens: Tensor, plan: Plan) -> DraftTree:
         """Grows the tree level by level; see `DraftSession.propose`. No loop runs over nodes."""
         batch, device = root_tokens.shape[0], root_tokens.device
-        top_k = self.tree.top_k
-        head = self.runtime.head
-        frontier = self._grower.grow(head(self._last[:, None]), self._grower.root(root_tokens), 0)
-        parents = self._last[:, None].expand(-1, top_k, -1)
+        top_k, head = plan.tree.top_k, self.runtime.head
+        grower = TreeGrower(plan, head, root_tokens)
+        hidden = self._last[:, None]
+        frontier = grower.grow(head(hidden), grower.root())
+        parents = hidden.expand(-1, top_k, -1)
         own = torch.eye(top_k, dtype=torch.bool, device=device).expand(batch, -1, -1)
         ancestors = own
-        for level in range(self.tree.depth):
-            hidden = self._level(level, frontier.tokens, parents, ancestors)
-            frontier = self._grower.grow(head(hidden), frontier, level + 1)
-            if level + 1 < self.tree.depth:
+        while grower.deeper(frontier):
+            level = grower.levels - 1
+            if level:
                 picked = frontier.rows[:, :, None]
                 parents = hidden.gather(1, picked.expand(-1, -1, hidden.shape[-1]))
                 ancestors = torch.cat([ancestors.gather(1, picked.expand(*ancestors.shape)), own], dim=-1)
-        return self._grower.build(root_tokens)
+            hidden = self._level(level, frontier.tokens, parents, ancestors)
+            frontier = grower.grow(head(hidden), frontier)
+        return grower.build()
 
     def _level(self, level: int, tokens: Tensor, parents: Tensor, ancestors: Tensor) -> Tensor:
         """One pass over a frontier: K rows at one position, each seeing the prompt, its ancestors and itself.

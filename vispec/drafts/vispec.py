@@ -22,7 +22,6 @@ from vispec.drafts.files import write_draft
 from vispec.drafts.session import DraftRuntime, ViSpecSession
 from vispec.prompt import Prompt, Span
 from vispec.targets import Target, load_target
-from vispec.tree import TreeConfig
 
 
 @dataclass(frozen=True)
@@ -341,6 +340,10 @@ class ViSpecDraft(nn.Module):
             self._runtime = (version, DraftRuntime(self, target))
         return self._runtime[1]
 
-    def start(self, target: Target, prompt: Prompt, first_tokens: Tensor, tree: TreeConfig) -> ViSpecSession:
+    def widest(self, target: Target) -> int:
+        """Columns of the head; see `Draft.widest`."""
+        return self.head_tokens.numel() or target.vocabulary
+
+    def start(self, target: Target, prompt: Prompt, first_tokens: Tensor) -> ViSpecSession:
         """Reads a prefilled prompt; see `Draft.start`."""
-        return ViSpecSession(self, target, prompt, first_tokens, tree)
+        return ViSpecSession(self, target, prompt, first_tokens)
