@@ -184,6 +184,8 @@ def layer_call(monkeypatch, change: str | None, **extras: object) -> tuple[int, 
     module.layer_idx = None if change == "layer" else 1
     if change == "copied keys":
         key = key.clone()
+    if change == "repeated heads":
+        key, value = key.expand(-1, 2, -1, -1), value.expand(-1, 2, -1, -1)
     if change == "values of another layer":
         value = cache.values[0][:, :, : value.shape[2]]
         expected = torch.zeros_like(expected)
@@ -208,6 +210,7 @@ def test_a_layer_that_fits(monkeypatch):
     [
         ("layer", {}),
         ("copied keys", {}),
+        ("repeated heads", {}),
         ("values of another layer", {}),
         ("mask", {}),
         *((None, {name: 4}) for name in verifying.BEYOND_SOFTMAX if name != "softcap"),
