@@ -1,4 +1,4 @@
-"""The README says what the committed records say."""
+"""The README and the page on training say what the committed records say."""
 
 from __future__ import annotations
 
