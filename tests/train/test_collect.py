@@ -15,8 +15,9 @@ from tests import tiny
 from tests.saved import make_processor, make_tokenizer
 from tests.train.conftest import COLLECT, EXTENSION, NEW_TOKENS, make_model
 from vispec import ViSpecDraft
+from vispec.targets import load_target
 from vispec.train import CollectConfig, collect, open_source
-from vispec.train.collect import _BreakOff, repeated
+from vispec.train.collect import _BreakOff, _check_answer, repeated
 from vispec.train.data import read_dataset, read_manifest
 from vispec.train.inputs import merge_inputs, sample_inputs
 from vispec.train.sources import ImageStore, UnusableSample
@@ -105,6 +106,15 @@ def test_what_a_loop_is():
     assert not stop(torch.tensor([[1] + [9] * 40 + [2, 3, 4, 5, 6]]), None)
     assert stop(torch.tensor([[1] + [9] * 40 + [2, 3] * 12]), None)
     assert not CollectConfig().loops([7] * 100)
+
+
+def test_an_answer_that_was_broken_off_is_skipped(world):
+    """It may have looped together with its prompt, so that nothing shows in the answer alone."""
+    target, config = load_target(world.model), CollectConfig(max_new_tokens=20, max_repeated=0.4)
+    with pytest.raises(UnusableSample, match="looping answer: 8 tokens"):
+        _check_answer(tuple(range(8)), False, target, config)
+    _check_answer(tuple(range(8)), True, target, config)
+    _check_answer(tuple(range(20)), False, target, config)
 
 
 def test_the_sources_own_answers_are_read(world, tmp_path):

@@ -14,8 +14,11 @@ from tests.train.test_rows import ANSWERS, samples
 from vispec.drafts import MedusaDraft
 from vispec.targets import load_target
 from vispec.train import fit
-from vispec.train.inputs import merge_inputs
+from vispec.train.checkpoint import balance
+from vispec.train.data import read_dataset
+from vispec.train.inputs import merge_inputs, sample_inputs
 from vispec.train.rows import medusa_passes, read_target
+from vispec.train.sources import ImageStore
 
 KINDS = {
     "eagle": {"num_queries": 0},
@@ -55,6 +58,12 @@ def test_medusas_rows_are_what_a_generation_reads(name):
     target, draft = load_target(family.model), random_medusa(family.model, heads=3)
     readings = read_target(target, merge_inputs(whole))
     said = medusa_passes(draft, readings, supervised, passes=3)
+    for one, rows in zip(readings, supervised, strict=True):
+        # As it comes out of the cache where a picture stands right before the answer.
+        one.features[: rows.start] = float("nan")
+    draft.requires_grad_(True)
+    medusa_passes(draft, readings, supervised, passes=3).predicted.square().sum().backward()
+    assert all(parameter.grad.isfinite().all() for parameter in draft.parameters())
     place = 0
     for row, count in enumerate(ANSWERS):
         tokens = whole[row]["input_ids"][:, -count:]
@@ -105,3 +114,34 @@ def test_a_starting_draft_of_another_shape(world, tmp_path):
     # An adaptor may be added to what never saw a picture.
     both = replace(config, out=str(tmp_path / "c"), draft=config.out, num_queries=2, picture_rows=True)
     assert fit(world.model, world.processor, both).draft.config.num_queries == 2
+
+
+def test_a_balanced_start(world, tmp_path):
+    """Both inputs come in at half the features' size, and the run begins from there."""
+    width = 64
+    draft = vispec.ViSpecDraft.for_target(world.model)
+    before = draft.layers[0].mlp.down_proj.weight.clone()
+    balance(draft, feature_size=5.0, embedding_size=0.25, seed=3)
+    rows = torch.randn(2, 500, width, generator=torch.Generator().manual_seed(0))
+    embeddings, features = rows[0] * 0.25, rows[1] * 5.0
+    with torch.no_grad():
+        own = draft.combine(embeddings, 0 * features, 0 * features)
+        kept = draft.combine(0 * embeddings, features, 0 * features)
+    assert float(own.square().mean().sqrt()) == pytest.approx(2.5, rel=0.05)
+    torch.testing.assert_close(kept, 0.5 * features)
+    torch.testing.assert_close(draft.layers[0].mlp.down_proj.weight, 5 * before)
+    config = config_of(world, tmp_path / "out", balanced=True, max_steps=1, learning_rate=1e-9)
+    fc = fit(world.model, world.processor, config).draft.fc.weight
+    torch.testing.assert_close(fc[:, width:], 0.5 * torch.eye(width))
+    table = world.model.get_input_embeddings().weight.detach().square().mean().sqrt()
+    samples, _ = read_dataset(world.answers)
+    found = []
+    for sample in samples[:4]:
+        inputs = sample_inputs(world.processor, ImageStore(world.root), sample)
+        (reading,) = read_target(load_target(world.model), inputs)
+        found.append(reading.features[len(sample.prompt) :])
+    size = torch.cat(found).square().mean().sqrt()
+    assert float(fc[:, :width].square().mean().sqrt()) == pytest.approx(float(0.5 * size / table) / 8, rel=0.05)
+    for more in ({"draft": "somewhere"}, {"kind": "medusa"}):
+        with pytest.raises(ValueError, match="balanced must be false for heads and with a draft to start from"):
+            config_of(world, tmp_path / "x", balanced=True, **more)

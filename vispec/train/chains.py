@@ -102,8 +102,7 @@ def attend_chains(query: Tensor, keys: Sequence[Tensor], values: Sequence[Tensor
     scores = query @ keys[0].unsqueeze(2).transpose(-1, -2)
     scores = [scores.masked_fill(hidden[:, None, None], float("-inf"))]
     for age in range(newest):
-        own = (query * _shifted(keys[newest - age], age)).sum(-1, keepdim=True)
-        scores.append(own.masked_fill((row < age)[:, None], float("-inf")))
+        scores.append((query * _shifted(keys[newest - age], age)).sum(-1, keepdim=True))
     weights = torch.cat(scores, -1).float().softmax(-1).to(values[0].dtype)
     mixed = weights[..., :-newest] @ values[0].unsqueeze(2)
     for age in range(newest):
@@ -112,5 +111,5 @@ def attend_chains(query: Tensor, keys: Sequence[Tensor], values: Sequence[Tensor
 
 
 def _shifted(rows: Tensor, age: int) -> Tensor:
-    """Rows [B, G, A, D] moved `age` places on, zeros in front: [B, G, 1, A, D]."""
+    """Rows [B, G, A, D] moved `age` places on: [B, G, 1, A, D]. The zeros in front meet rows that do not count."""
     return F.pad(rows, (0, 0, age, 0))[:, :, None, : rows.shape[2]]

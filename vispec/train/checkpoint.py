@@ -160,6 +160,24 @@ def _resized(draft: ViSpecDraft, **changes: Any) -> ViSpecDraft:
     return other
 
 
+def balance(draft: ViSpecDraft, feature_size: float, embedding_size: float, seed: int) -> None:
+    """Scales fresh weights, in place, to a target's root-mean-square feature and embedding.
+
+    `fc` starts as half the feature plus as much of the embedding, mixed at random, and the MLP's output is as large
+    as a feature; the usual start leaves a small draft far from both for much of a short training.
+    """
+    width = draft.config.hidden_size
+    mix = torch.randn(width, width, generator=torch.Generator().manual_seed(seed)) * width**-0.5
+    layer = draft.layers[0]
+    with torch.no_grad():
+        draft.fc.weight[:, :width] = (mix * (0.5 * feature_size / embedding_size)).to(draft.fc.weight)
+        draft.fc.weight[:, width:] = 0.5 * torch.eye(width).to(draft.fc.weight)
+        if draft.fc.bias is not None:
+            draft.fc.bias.zero_()
+        layer.self_attn.o_proj.weight.mul_(0.3)
+        layer.mlp.down_proj.weight.mul_(feature_size)
+
+
 def finished_draft(draft: ViSpecDraft | MedusaDraft, dtype: torch.dtype) -> ViSpecDraft | MedusaDraft:
     """A copy of the draft in the target's dtype, ready for use."""
     copy = type(draft)(draft.config)

@@ -29,6 +29,7 @@ class FitConfig:
         stage: 1 (features, soft cross-entropy; no picture weights) or 2 (probabilities, self-rollout, pictures).
         draft: folder or hub id to start from; None: fresh weights.
         kind: "vispec" (EAGLE's too), or "medusa": 1 + mtp_steps heads on the target's last feature, 4 by default.
+        balanced: fresh weights start at the scale of the target's features and embeddings.
         num_queries: adaptor queries of fresh weights; 0: no adaptor, as EAGLE.
         global_feature: whether text behind a picture knows its global feature.
         picture_rows: False, with num_queries 0: nothing of a picture goes into the draft.
@@ -68,6 +69,7 @@ class FitConfig:
     stage: int = 2
     draft: str | None = None
     kind: str = "vispec"
+    balanced: bool = False
     num_queries: int = 2
     global_feature: bool = True
     picture_rows: bool = True
@@ -126,6 +128,8 @@ class FitConfig:
                 raise ValueError(f"fit: {name} must be one of {', '.join(known)}, got {getattr(self, name)!r}")
         if self.kind == "medusa" and self.export:
             raise ValueError("fit: export must be false for heads, which have no published layout here")
+        if self.balanced and (self.draft is not None or self.kind != "vispec"):
+            raise ValueError("fit: balanced must be false for heads and with a draft to start from")
         if self.num_queries and not self.picture_rows and self.kind == "vispec":
             raise ValueError(f"fit: picture_rows must be true with an adaptor, got {self.num_queries} queries")
         if self.mtp_warmup > 1:

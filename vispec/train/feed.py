@@ -144,6 +144,15 @@ class Feed:
         pairs = zip(samples, lengths, strict=True)
         return [feature_noise(length, width, _mixed(self.config.seed, epoch, one.index)) for one, length in pairs]
 
+    def sizes(self) -> tuple[float, float]:
+        """Root-mean-square of the target's features behind the prompt, and of its embeddings."""
+        read = [(sample, one) for sample in self.samples[:CHECKED_SAMPLES] for one in self.read([sample])[0]]
+        if not read:
+            raise ValueError(f"fit: one of the first {CHECKED_SAMPLES} samples must have pictures that can be read")
+        features = torch.cat([one.features[len(sample.prompt) :] for sample, one in read]).float()
+        table = self.target.embedding.weight.detach().float()
+        return float(features.square().mean().sqrt()), float(table.square().mean().sqrt())
+
     def check_target_loss(self) -> None:
         """Raises ValueError where the target would hardly have written these answers: wrong weights."""
         limit = self.config.max_target_loss

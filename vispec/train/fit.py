@@ -19,6 +19,7 @@ from vispec.targets import Target, load_target
 from vispec.train.cache import FeatureCache
 from vispec.train.chains import chain_passes
 from vispec.train.checkpoint import (
+    balance,
     export_published,
     finished_draft,
     load_checkpoint,
@@ -94,6 +95,8 @@ class _Trainer:
         self.out = Path(config.out)
         self.feed = Feed(target, processor, config, self._cache())
         self.draft = starting_draft(config, target, self.feed.token_counts)
+        if config.balanced:
+            balance(self.draft, *self.feed.sizes(), config.seed)
         self.head = DraftHead(target.head, self.draft.head_tokens)
         named = self.draft.named_parameters()
         trained = [p for name, p in named if config.stage == 2 or not name.startswith(PICTURE_PARTS)]
