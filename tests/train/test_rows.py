@@ -8,7 +8,7 @@ import torch
 from tests import tiny
 from tests.test_draft import random_draft
 from vispec.targets import load_target
-from vispec.train.chains import chain_passes
+from vispec.train.chains import attend_chains, chain_passes
 from vispec.train.data import Sample
 from vispec.train.inputs import merge_inputs, sample_inputs
 from vispec.train.rows import feature_noise, read_target, supervised_rows, whole_passes
@@ -162,6 +162,16 @@ def test_chains_are_what_a_generation_drafts(name, queries):
                     feature = readings[row].features[len(prompts[row]["input_ids"][0]) + root]
                     session.commit(feature[None, None], tokens[:, root + 1, None], torch.tensor([1]), [1])
         place += count
+
+
+def test_query_heads_share_key_heads_in_order():
+    """As EAGLE's drafts have them: against every key head written out for each of its query heads."""
+    generator = torch.Generator().manual_seed(1)
+    query = torch.randn(2, 6, 5, 8, generator=generator)
+    keys, values = ([torch.randn(2, 2, rows, 8, generator=generator) for rows in (9, 5, 5)] for _ in range(2))
+    firsts = torch.tensor([4, 3])
+    expected = attend_chains(query, *([one.repeat_interleave(3, 1) for one in pair] for pair in (keys, values)), firsts)
+    torch.testing.assert_close(attend_chains(query, keys, values, firsts), expected)
 
 
 @pytest.mark.parametrize("run", (whole_passes, chain_passes))
