@@ -160,6 +160,20 @@ def test_nodes_that_cannot_be_are_never_chosen():
     assert not plan.deeper(scores[:, :3], scores)
 
 
+def test_a_probe_has_a_node_verified_even_where_none_pays():
+    """Or nothing would ever be learned of a draft that became good."""
+    speech, policy = Speech(lambda nodes: float(nodes), honesty=0.0), AdaptiveTree(widest=100)
+    speech.run(policy, 100)
+    running, hopeless = torch.tensor([0]), torch.full((1, 9), -9.0)
+    while policy.next(running) is None:
+        policy.learn_plain(1.0)
+    assert not policy.speculating
+    policy.target.add(2, 2.0)
+    assert policy.next(running).nodes(hopeless) == 2
+    policy.speculating = True
+    assert policy.next(running).nodes(hopeless) == 1
+
+
 def test_a_backlog_does_not_count_as_the_price_of_a_level():
     speech, policy = Speech(FLAT), AdaptiveTree(widest=100)
     speech.run(policy, 30)

@@ -47,6 +47,7 @@ def test_figures_are_the_engines_own(world, draft):
                 world.model,
                 draft,
                 prompt,
+                tree=TreeConfig(),
                 seed=5 + sample.index,
                 max_new_tokens=NEW_TOKENS,
                 return_dict_in_generate=True,

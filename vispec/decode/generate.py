@@ -73,8 +73,8 @@ def fast_generate(
             that is `generate`'s answer token for token; 16-bit formats round a pass over many tokens otherwise than
             one over one, and where the two best logits are a step or two apart either may win. "guard" (greedy only):
             where they are less than `guard.GUARD_STEPS` steps apart the path is cut, and a pass over that one token
-            decides, as in plain decoding. It costs one plain step for each such place and makes other answers than
-            `generate`'s rarer; it proves nothing, since keys and values still come from passes over trees.
+            decides, as in plain decoding. It costs one plain step for each such place. It does not promise
+            `generate`'s answer: keys and values still come from passes over trees.
         streamer: a Hugging Face streamer; batch 1.
         on_round: called after every round with a `RoundEvent`.
         graphs: keep a round's state on the device, replay each round as one CUDA graph and read its result one round
