@@ -1,7 +1,7 @@
 """Whole answers against plain generation, in turn in one process: speed, phases of a round, peak memory.
 
     python -m benchmarks.bench_generate                    # the demo model and its pictures
-    python -m benchmarks.bench_generate --tree fixed       # the demo's own tree in place of "auto"
+    python -m benchmarks.bench_generate --tree fixed       # the demo's own tree alone, without "auto"
     python -m benchmarks.bench_generate --sweep            # several trees, and "auto"
     python -m benchmarks.bench_generate --random-draft     # a draft of random weights: what speculation may lose
     python -m benchmarks.bench_generate --memory           # peak memory, each way in a process of its own
@@ -118,7 +118,7 @@ def table(rows: list[dict[str, Any]]) -> Table:
 def measure_speed(arguments: argparse.Namespace) -> list[dict[str, Any]]:
     """One row a dtype and tree."""
     rows = []
-    trees: list[vispec.TreeConfig | str] = ["auto"] if arguments.tree == "auto" else [demo.TREE]
+    trees: list[vispec.TreeConfig | str] = ["auto" if tree == "auto" else demo.TREE for tree in arguments.tree]
     if arguments.sweep:
         trees = ["auto", *SWEEP]
     for dtype in arguments.dtypes:
@@ -189,7 +189,9 @@ def main() -> None:
     parser.add_argument("--repeats", type=int, default=2, help="runs of each way, in turn; the fastest counts")
     parser.add_argument("--threads", type=int, help="CPU threads of PyTorch")
     parser.add_argument("--dtypes", nargs="+", choices=("float32", "bfloat16"), default=["float32", "bfloat16"])
-    parser.add_argument("--tree", choices=("auto", "fixed"), default="auto", help="fixed: the demo's own")
+    parser.add_argument(
+        "--tree", nargs="+", choices=("auto", "fixed"), default=["auto", "fixed"], help="fixed: the demo's own"
+    )
     parser.add_argument("--random-draft", action="store_true", help="a draft of random weights in place of the demo's")
     parser.add_argument("--sweep", action="store_true", help="try several trees")
     parser.add_argument("--memory", action="store_true", help="measure peak memory instead of speed")

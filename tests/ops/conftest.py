@@ -89,13 +89,3 @@ def backend(request) -> Backend:
 @pytest.fixture
 def generator() -> torch.Generator:
     return torch.Generator().manual_seed(20240917)
-
-
-def pytest_terminal_summary(terminalreporter):
-    """How many tests were skipped for each reason, one line a reason."""
-    reasons: dict[str, int] = {}
-    for report in terminalreporter.stats.get("skipped", []):
-        reason = report.longrepr[2] if isinstance(report.longrepr, tuple) else str(report.longrepr)
-        reasons[reason] = reasons.get(reason, 0) + 1
-    for reason, count in sorted(reasons.items()):
-        terminalreporter.write_line(f"{count} skipped: {reason.removeprefix('Skipped: ')}")
