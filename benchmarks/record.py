@@ -8,6 +8,7 @@ import platform
 import shutil
 import subprocess
 from datetime import datetime, timezone
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -23,9 +24,9 @@ def circumstances() -> dict[str, Any]:
 
     VISPEC_COMMIT names the commit where only a copy of the files is there; None: unknown.
     """
-    changes = _git("status", "--porcelain", "--untracked-files=no")
+    commit, changes = _source()
     return {
-        "commit": _git("rev-parse", "HEAD") or os.environ.get("VISPEC_COMMIT"),
+        "commit": commit or os.environ.get("VISPEC_COMMIT"),
         "uncommitted_changes": None if changes is None else bool(changes),
         "date": datetime.now(timezone.utc).strftime("%Y-%m-%d %H:%M UTC"),
         "cpu": _cpu_name(),
@@ -68,6 +69,12 @@ def _git(*words: str) -> str | None:
     return done.stdout.strip()
 
 
+@cache
+def _source() -> tuple[str | None, str | None]:
+    """The commit and what differs from it, as they were when first asked: later edits are not what runs."""
+    return _git("rev-parse", "HEAD"), _git("status", "--porcelain", "--untracked-files=no")
+
+
 def _cpu_name() -> str:
     try:
         for line in Path("/proc/cpuinfo").read_text().splitlines():
@@ -76,3 +83,7 @@ def _cpu_name() -> str:
     except OSError:
         pass
     return platform.processor() or platform.machine()
+
+
+# What runs is what was there at the start.
+_source()

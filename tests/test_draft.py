@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import copy
+from types import SimpleNamespace
+
 import pytest
 import torch
 
@@ -15,6 +18,7 @@ from vispec.drafts.vispec import ViSpecDraftConfig
 from vispec.ops import use_backend
 from vispec.prompt import Span
 from vispec.targets import load_target
+from vispec.tree import ancestor_words
 
 
 @pytest.fixture(scope="module")
@@ -252,3 +256,60 @@ def test_every_nodes_score_is_its_own_paths(family, sizes):
                     hidden = torch.cat([hidden, new[None]])
                     positions = torch.cat([positions, positions[-1:] + 1])
                     output = draft(hidden[None], positions[None])[0, -1]
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_levels_and_catch_up_read_the_cache_through_the_kernel(dtype, monkeypatch):
+    """Against PyTorch's attention from a dense mask: both as near to float32, over slots that are not positions."""
+    available("emulated")
+    family = tiny.build("llava", hidden_size=128, num_attention_heads=2, num_key_value_heads=1)
+    torch.manual_seed(0)
+    exact = vispec.ViSpecDraft.for_target(family.model)
+    prompts = [family.prompt(1, seed=12, text=5), family.prompt(0, seed=13, text=30)]
+    offsets = []
+    own = ops.tree_attention
+
+    def recorded(*tensors, **named):
+        offsets.append(named["offset"])
+        own(*tensors, **named)
+
+    def in_dtype(kind):
+        def batch(rows, side):
+            inputs = family.batch(rows, side)
+            return {name: value.to(kind) if value.is_floating_point() else value for name, value in inputs.items()}
+
+        return batch
+
+    def outputs(draft, model, backend):
+        """What three levels and a catch-up pass of ragged counts give."""
+        with torch.inference_mode(), use_backend(backend):
+            _, _, first, session = started(SimpleNamespace(model=model, batch=in_dtype(model.dtype)), draft, prompts)
+            generator = torch.Generator().manual_seed(1)
+            found, ancestors = [], torch.eye(4, dtype=torch.bool).expand(2, -1, -1)
+            for level in range(3):
+                tokens = torch.randint(3, tiny.VOCABULARY, (2, 4), generator=generator)
+                parents = torch.randn(2, 4, 128, generator=generator).to(draft.fc.weight.dtype)
+                found.append(session._level(level, tokens, parents, ancestors))
+                own_bits = torch.eye(4, dtype=torch.bool).expand(2, -1, -1)
+                ancestors = torch.cat([ancestors.roll(1, 1), own_bits], -1)
+            features = torch.randn(2, 3, 128, generator=generator).to(draft.fc.weight.dtype)
+            session.commit(features, first[:, None].expand(-1, 3), torch.tensor([3, 1]), [3, 1])
+            return [output.float() for output in (*found, session._last)]
+
+    true = outputs(exact, family.model, "reference")
+    model, draft = copy.deepcopy(family.model).to(dtype), copy.deepcopy(exact).to(dtype)
+    dense = outputs(draft, model, "reference")
+    monkeypatch.setattr(ops, "tree_attention", recorded)
+    kernel = outputs(draft, model, "emulated")
+    assert offsets == [0, 4, 8, 0]
+    for ours, theirs, wanted in zip(kernel, dense, true, strict=True):
+        assert (ours - wanted).abs().mean() < 1.3 * (theirs - wanted).abs().mean()
+
+
+@pytest.mark.parametrize("slots", [1, 63, 64, 65, 130])
+def test_ancestor_words_are_the_masks_bits(slots):
+    seen = torch.rand(2, 5, slots, generator=torch.Generator().manual_seed(slots)) < 0.5
+    words = ancestor_words(seen)
+    assert words.shape == (2, 5, (slots + 63) // 64) and words.dtype == torch.int64
+    place = torch.arange(slots)
+    assert torch.equal((words[:, :, place // 64] >> (place % 64)) & 1 == 1, seen)

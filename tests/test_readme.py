@@ -88,7 +88,7 @@ def test_a_missing_block_is_an_error(results):
 
 
 def test_a_record_says_where_it_was_made(tmp_path, monkeypatch):
-    monkeypatch.setattr(record, "_git", lambda *_: None)
+    monkeypatch.setattr(record, "_source", lambda: (None, None))
     monkeypatch.setenv("VISPEC_COMMIT", "abc")
     record.write(tmp_path / "new" / "one.json", "ops", [{"x": 1}], ceilings={"y": 2})
     found = json.loads((tmp_path / "new" / "one.json").read_text())

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 MAX_NODES = 256
@@ -133,3 +134,10 @@ class DraftTree:
                 row.append(path[::-1])
             rows.append(row)
         return rows
+
+
+def ancestor_words(seen: Tensor) -> Tensor:
+    """Who sees whom, [B, T, S] bool, as bits: [B, T, ceil(S / 64)] int64, bit i % 64 of word i // 64 for slot i."""
+    whole = F.pad(seen, (0, -seen.shape[2] % 64)).unflatten(2, (-1, 64))
+    # Bit 63 is the sign; distinct bits add up without a carry.
+    return (whole.long() << torch.arange(64, device=seen.device)).sum(-1)

@@ -109,7 +109,7 @@ class ViSpecSession:
         self.cache.begin(count)
         causal = torch.ones(count, count, dtype=torch.bool, device=device).tril().expand(batch, -1, -1)
         positions = self._positions[:, None] + torch.arange(count, device=device)
-        output = self.draft(hidden, positions, self.cache.mask(causal, hidden.dtype), self.cache)
+        output = self.draft(hidden, positions, causal, self.cache)
         last = output[torch.arange(batch, device=device), (counts - 1).clamp(min=0)]
         self._last.copy_(torch.where((counts > 0)[:, None], last, self._last))
         self.cache.advance(counts, host_counts)
@@ -144,4 +144,4 @@ class ViSpecSession:
         hidden = self.runtime.rows(self.embedding(tokens), parents, self._constant)
         self.cache.begin(top_k, offset=level * top_k)
         positions = (self._positions + level)[:, None].expand(-1, top_k)
-        return self.draft(hidden, positions, self.cache.mask(ancestors, hidden.dtype), self.cache)
+        return self.draft(hidden, positions, ancestors, self.cache)

@@ -22,6 +22,7 @@ from vispec.drafts.files import write_draft
 from vispec.drafts.session import DraftRuntime, ViSpecSession
 from vispec.prompt import Prompt, Span
 from vispec.targets import Target, load_target
+from vispec.tree import ancestor_words
 
 
 @dataclass(frozen=True)
@@ -132,12 +133,29 @@ class DraftAttention(nn.Module):
         return self.o_proj(mixed.transpose(1, 2).flatten(2))
 
     def forward(
-        self, hidden: Tensor, rotary: tuple[Tensor, Tensor], mask: Tensor | None, store: KeyValueCache | None
+        self, hidden: Tensor, rotary: tuple[Tensor, Tensor], seen: Tensor | None, store: KeyValueCache | None
     ) -> Tensor:
+        """Rows [B, M, C]; `seen` and `store` as for `ViSpecDraft.forward`."""
         query, key, value = self.project(hidden, rotary)
         if store is not None:
             key, value = store.update(key, value, 0)
-        return self.attend(query, key, value, mask)
+        if seen is None:
+            return self.attend(query, key, value, None)
+        keys, values = store.keys[0], store.values[0]
+        if not ops.serves_tree_attention(query, keys, values):
+            return self.attend(query, key, value, store.mask(seen, query.dtype))
+        batch, heads, rows, width = query.shape
+        mixed = query.new_empty(batch, rows, heads, width)
+        ops.tree_attention(
+            query,
+            keys,
+            values,
+            ancestor_words(seen),
+            store.lengths,
+            output=mixed.transpose(1, 2),
+            offset=seen.shape[2] - rows,
+        )
+        return self.o_proj(mixed.flatten(2))
 
 
 class DraftMLP(nn.Module):
@@ -163,9 +181,9 @@ class DraftLayer(nn.Module):
         self.post_attention_layernorm = nn.RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
 
     def forward(
-        self, hidden: Tensor, rotary: tuple[Tensor, Tensor], mask: Tensor | None, store: KeyValueCache | None
+        self, hidden: Tensor, rotary: tuple[Tensor, Tensor], seen: Tensor | None, store: KeyValueCache | None
     ) -> Tensor:
-        return self.finish(hidden, self.self_attn(hidden, rotary, mask, store))
+        return self.finish(hidden, self.self_attn(hidden, rotary, seen, store))
 
     def finish(self, hidden: Tensor, attended: Tensor) -> Tensor:
         """What follows attention: both residual sums and the MLP, [B, M, C]."""
@@ -258,15 +276,16 @@ class ViSpecDraft(nn.Module):
         self,
         hidden: Tensor,
         positions: Tensor,
-        mask: Tensor | None = None,
+        seen: Tensor | None = None,
         store: KeyValueCache | None = None,
     ) -> Tensor:
         """The layer on input rows [B, M, C] at positions [B, M]: predicted features [B, M, C].
 
-        `mask` is additive [B, 1, M, L] (None: causal); `store` a `KeyValueCache` that has begun this pass.
+        `seen` [B, M, A] bool says which of the A slots behind the committed ones each row reads, the last M being the
+        rows' own (None: rows are a prompt, read causally); `store` is a `KeyValueCache` that has begun this pass.
         """
         rotary = rotary_tables(positions, self.config.head_dim, self.config.rope_theta, hidden.dtype)
-        return self.layers[0](hidden, rotary, mask, store)
+        return self.layers[0](hidden, rotary, seen, store)
 
     def compress(
         self, embeddings: Tensor, spans: Sequence[Span], absorbed: Tensor | None = None
