@@ -19,6 +19,7 @@ demo: $(VENV)/.demo
 test: $(VENV)/.test
 	VISPEC_TEST_REQUIRE=native$(if $(filter ON,$(EMULATED)),$(comma)emulated) OMP_NUM_THREADS=1 \
 		$(BIN)/python -m pytest tests $(IN_PARALLEL)
+	$(MAKE) asan
 
 # The kernels under AddressSanitizer and UndefinedBehaviorSanitizer: every op test on a sanitized emulated module.
 ASAN_BUILD := build/asan
