@@ -7,6 +7,7 @@ from unittest import mock
 import pytest
 import torch
 from transformers import Qwen3Config, Qwen3ForCausalLM
+from transformers.models.llama.modeling_llama import LlamaRMSNorm
 
 from tests import tiny
 from tests.ops.cases import tree_of
@@ -98,7 +99,21 @@ def float32_norms(model) -> None:
     model.model.norm.float()
 
 
-@pytest.mark.parametrize("change", [hooked, overridden, float32_norms])
+def one_float32_norm(model) -> None:
+    model.to(torch.bfloat16)
+    model.model.layers[1].post_attention_layernorm.float()
+
+
+class Doubled(LlamaRMSNorm):
+    def forward(self, hidden):
+        return 2 * super().forward(hidden)
+
+
+def another_norm(model) -> None:
+    model.model.layers[1].input_layernorm = Doubled(128)
+
+
+@pytest.mark.parametrize("change", [hooked, overridden, float32_norms, one_float32_norm, another_norm])
 def test_a_decoder_that_someone_altered_is_left_to_itself(change):
     model = built("llama")
     assert FusedDecoder.of(model.model) is not None

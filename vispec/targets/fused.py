@@ -40,12 +40,11 @@ class FusedDecoder:
         layers = getattr(decoder, "layers", ())
         if not layers or not all(_is_known(layer) for layer in layers):
             return None
-        plain = [decoder, decoder.norm, *(part for layer in layers for part in _replaced(layer))]
-        if any(_is_altered(module) for module in plain):
-            return None
+        replaced = [decoder, decoder.norm, *(part for layer in layers for part in _replaced(layer))]
         dtype = decoder.embed_tokens.weight.dtype
-        norms = [decoder.norm.weight, *(layer.input_layernorm.weight for layer in layers)]
-        if any(weight.dtype is not dtype for weight in norms):
+        # Of the weights of these modules themselves, the norms have some: the ops want one dtype.
+        weights = [weight for module in replaced for weight in module.parameters(recurse=False)]
+        if any(map(_is_altered, replaced)) or any(weight.dtype is not dtype for weight in weights):
             return None
         return cls(decoder)
 
@@ -117,5 +116,6 @@ def _replaced(layer: nn.Module) -> tuple[nn.Module, ...]:
 
 
 def _is_altered(module: nn.Module) -> bool:
-    """Whether someone has hooked into a module or given this one object another forward pass."""
-    return bool(module._forward_hooks or module._forward_pre_hooks or "forward" in vars(module))
+    """Whether someone has hooked into a module, given this one object another forward pass, or put in one of theirs."""
+    foreign = not type(module).__module__.startswith(("transformers.models.", "transformers.activations"))
+    return bool(foreign or module._forward_hooks or module._forward_pre_hooks or "forward" in vars(module))
