@@ -29,15 +29,15 @@ Tail tail_of(const py::tuple& tail) {
   return op;
 }
 
-void rope_append(py::handle queries_, py::tuple tail, py::handle keys_, py::handle values, py::handle lengths,
-                 py::handle output_, int64_t offset, uintptr_t stream) {
-  const TensorView queries("queries", queries_), keys("keys", keys_), output("output", output_);
-  RopeAppend op{};
-  op.tail = tail_of(tail);
+// The tensors that both ops take, in their params struct.
+template <class Params>
+Params shared(const TensorView& queries, const TensorView& keys, const py::handle& values,
+              const TensorView& output, const py::handle& lengths, uintptr_t stream) {
+  Params op{};
   op.queries = queries.data();
-  op.output = output.data();
   op.keys = keys.data();
   op.values = TensorView("values", values).data();
+  op.output = output.data();
   op.query_batch_stride = step(queries, 0);
   op.query_head_stride = step(queries, 1);
   op.query_row_stride = step(queries, 2);
@@ -49,7 +49,6 @@ void rope_append(py::handle queries_, py::tuple tail, py::handle keys_, py::hand
   op.cache_slot_stride = step(keys, 2);
   op.dtype = queries.floating();
   op.lengths = TensorView("lengths", lengths).int64s();
-  op.offset = offset;
   op.B = queries.size(0);
   op.H = queries.size(1);
   op.G = keys.size(1);
@@ -57,6 +56,15 @@ void rope_append(py::handle queries_, py::tuple tail, py::handle keys_, py::hand
   op.L = keys.size(2);
   op.head = queries.size(3);
   op.stream = stream_of(stream);
+  return op;
+}
+
+void rope_append(py::handle queries_, py::tuple tail, py::handle keys_, py::handle values, py::handle lengths,
+                 py::handle output_, int64_t offset, uintptr_t stream) {
+  const TensorView queries("queries", queries_), keys("keys", keys_), output("output", output_);
+  RopeAppend op = shared<RopeAppend>(queries, keys, values, output, lengths, stream);
+  op.tail = tail_of(tail);
+  op.offset = offset;
   run(cuda::rope_append, op);
 }
 
@@ -65,35 +73,13 @@ void tree_attention(py::handle queries_, py::handle keys_, py::handle values, py
                     py::handle workspace, uintptr_t stream) {
   const TensorView queries("queries", queries_), keys("keys", keys_), output("output", output_);
   const TensorView ancestors("ancestors", ancestors_);
-  TreeAttention op{};
-  op.queries = queries.data();
-  op.keys = keys.data();
-  op.values = TensorView("values", values).data();
-  op.output = output.data();
+  TreeAttention op = shared<TreeAttention>(queries, keys, values, output, lengths, stream);
   if (!tail.is_none()) op.tail = tail_of(tail);
-  op.query_batch_stride = step(queries, 0);
-  op.query_head_stride = step(queries, 1);
-  op.query_row_stride = step(queries, 2);
-  op.cache_batch_stride = step(keys, 0);
-  op.cache_head_stride = step(keys, 1);
-  op.cache_slot_stride = step(keys, 2);
-  op.output_batch_stride = step(output, 0);
-  op.output_head_stride = step(output, 1);
-  op.output_row_stride = step(output, 2);
-  op.dtype = queries.floating();
-  op.lengths = TensorView("lengths", lengths).int64s();
   op.ancestors = ancestors.int64s();
   op.scale = scale;
-  op.B = queries.size(0);
-  op.H = queries.size(1);
-  op.G = keys.size(1);
-  op.T = queries.size(2);
   op.S = slots;
-  op.L = keys.size(2);
   op.W = ancestors.size(2);
-  op.head = queries.size(3);
   op.workspace = TensorView("workspace", workspace).data();
-  op.stream = stream_of(stream);
   run(cuda::tree_attention, op);
 }
 

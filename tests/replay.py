@@ -7,9 +7,21 @@ import random
 import torch
 from torch import Tensor
 
+from tests import tiny
 from vispec.drafts.base import Plan
 from vispec.prompt import Prompt
 from vispec.tree import DraftTree, TreeConfig
+
+
+def answered(family: tiny.Family, **options) -> tuple[dict, dict[tuple, list[int]]]:
+    """A ragged batch of three prompts, with pictures where the family takes them, and its plain answers."""
+    images = (1, 0, 2) if family.name in tiny.VISION_FAMILIES else (0, 0, 0)
+    prompts = [family.prompt(count, seed=10 + row, text=5 + 3 * row) for row, count in enumerate(images)]
+    answers = {}
+    for prompt in prompts:
+        key = tuple(prompt["input_ids"][0].tolist())
+        answers[key] = family.model.generate(**prompt, **options)[0, len(key) :].tolist()
+    return family.batch(prompts, "left"), answers
 
 
 class ReplayDraft:

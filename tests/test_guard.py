@@ -7,7 +7,7 @@ import torch
 
 import vispec
 from tests import tiny
-from tests.replay import ReplayDraft
+from tests.replay import ReplayDraft, answered
 from vispec.decode import generate, guard, round
 from vispec.tree import TreeConfig
 
@@ -73,14 +73,8 @@ def doubtful(monkeypatch):
 @pytest.mark.parametrize("name", tiny.FAMILIES)
 def test_answers_stay_the_same_wherever_paths_are_cut(name, kind, doubtful):
     family = tiny.build(name)
-    images = (1, 0, 2) if name in tiny.VISION_FAMILIES else (0, 0, 0)
-    prompts = [family.prompt(count, seed=10 + row, text=5 + 3 * row) for row, count in enumerate(images)]
-    batch = family.batch(prompts, "left")
     options = {"max_new_tokens": 24, "do_sample": False}
-    answers = {}
-    for prompt in prompts:
-        key = tuple(prompt["input_ids"][0].tolist())
-        answers[key] = family.model.generate(**prompt, **options)[0, len(key) :].tolist()
+    batch, answers = answered(family, **options)
     draft = ReplayDraft(answers, tiny.VOCABULARY, hit_rate=0.9)
     result = vispec.fast_generate(
         family.model,

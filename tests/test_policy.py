@@ -9,7 +9,7 @@ import torch
 
 import vispec
 from tests import tiny
-from tests.replay import ReplayDraft
+from tests.replay import ReplayDraft, answered
 from tests.speech import FLAT, LINEAR, STEPS, UNEVEN, Speech
 from vispec.decode import generate, memory
 from vispec.decode.acceptance import Acceptance
@@ -308,14 +308,8 @@ def fresh_draft(model) -> vispec.ViSpecDraft:
 @pytest.mark.parametrize("name", tiny.FAMILIES)
 def test_greedy_answers_are_the_same_whatever_is_chosen(name, wild):
     family = tiny.build(name)
-    images = (1, 0, 2) if name in tiny.VISION_FAMILIES else (0, 0, 0)
-    prompts = [family.prompt(count, seed=10 + row, text=5 + 3 * row) for row, count in enumerate(images)]
-    batch = family.batch(prompts, "left")
     options = {"max_new_tokens": 40, "do_sample": False}
-    answers = {}
-    for prompt in prompts:
-        key = tuple(prompt["input_ids"][0].tolist())
-        answers[key] = family.model.generate(**prompt, **options)[0, len(key) :].tolist()
+    batch, answers = answered(family, **options)
     draft = fresh_draft(family.model)
     nodes = set()
     for seed in range(4):

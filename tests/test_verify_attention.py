@@ -12,7 +12,7 @@ from torch import Tensor
 import vispec
 from tests import tiny
 from tests.ops.cases import tree_of
-from tests.ops.conftest import Backend, available
+from tests.ops.conftest import available
 from tests.test_families import MLA_SIZES, text_model, words
 from vispec import ops
 from vispec.cache import KeyValueCache
@@ -25,12 +25,6 @@ from vispec.tree import DraftTree
 OF = FusedDecoder.of
 # Heads of 64, two for one key-value head.
 SIZES = dict(hidden_size=128, num_attention_heads=2, num_key_value_heads=1)
-
-
-@pytest.fixture(params=["emulated", pytest.param("cuda", marks=pytest.mark.gpu)])
-def kernels(request) -> Backend:
-    """The backends that run the CUDA sources."""
-    return available(request.param)
 
 
 @pytest.fixture(autouse=True)

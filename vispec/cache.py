@@ -128,12 +128,6 @@ class KeyValueCache:
             self._grow(capacity)
         self.host_lengths = None
 
-    def load(self, other: KeyValueCache) -> None:
-        """Takes over another cache's rows; this one must have at least its capacity."""
-        for mine, theirs in zip([*self.keys, *self.values], [*other.keys, *other.values], strict=True):
-            mine[:, :, : theirs.shape[2]] = theirs
-        self.lengths.copy_(other.lengths)
-
     def commit(self, path: Tensor, counts: Tensor, host_counts: list[int] | None) -> None:
         """Moves the accepted nodes [B, D] of the last pass to the end of each row, then advances."""
         if path.shape[1] > 1:

@@ -1,7 +1,7 @@
 """Builds the extension for one GPU, with CMake where it is installed, otherwise with the compilers alone.
 
     python -m benchmarks.gpu.build                   # into the source tree, for the GPU of this machine
-    python -m benchmarks.gpu.build --architecture 90 --into /tmp/built --direct
+    python -m benchmarks.gpu.build --architecture 90 --into build/direct --direct
 
 The second way needs nvcc, a C++ compiler, Python's headers and torch, which brings pybind11's headers. Sources are
 found by the same patterns as in CMakeLists.txt, and flags that matter are read from the same file.

@@ -273,7 +273,8 @@ class Engine:
             logits = process_logits(self.processors, logits, tree, histories, transcript.prompt_lengths)
         path = torch.empty(batch, depth, dtype=torch.int64, device=device)
         emitted, counts, status = torch.empty_like(path), torch.empty_like(lengths), torch.empty_like(lengths)
-        before = transcript.finished.clone()
+        guarded = self.guard is not None and tree.size > 1
+        before = transcript.finished.clone() if guarded else None
         ops.accept(
             logits,
             tree.tokens,
@@ -289,7 +290,7 @@ class Engine:
             sampling=self.sampling,
         )
         undecided = torch.zeros_like(counts, dtype=torch.bool)
-        if self.guard is not None and tree.size > 1:
+        if guarded:
             undecided = cut(path, emitted, counts, near_ties(logits, self.guard))
             # What ended such a row lay behind the cut.
             transcript.finished.copy_(torch.where(undecided, before, transcript.finished))
