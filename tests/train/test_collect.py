@@ -17,9 +17,10 @@ from tests.train.conftest import COLLECT, EXTENSION, NEW_TOKENS, make_model
 from vispec import ViSpecDraft
 from vispec.targets import load_target
 from vispec.train import CollectConfig, collect, open_source
-from vispec.train.collect import _BreakOff, _check_answer, repeated
+from vispec.train.collect import _check_answer
 from vispec.train.data import read_dataset, read_manifest
 from vispec.train.inputs import merge_inputs, sample_inputs
+from vispec.train.loops import BreakOff, loops, repeated
 from vispec.train.sources import ImageStore, UnusableSample
 
 
@@ -97,15 +98,14 @@ def test_looping_answers_are_broken_off_and_skipped(world, tmp_path, monkeypatch
 def test_what_a_loop_is():
     assert repeated([1, 2, 3]) == repeated([]) == repeated(range(50)) == 0
     assert repeated([7] * 10) == pytest.approx(6 / 7) and repeated([1, 2, 3, 4] * 2) == pytest.approx(1 / 5)
-    config = CollectConfig(max_repeated=0.4)
     # As a whole it says everything twice; its end alone does not.
-    assert config.loops([*range(40), *range(40)]) and not config.loops(list(range(80)))
-    assert config.loops([*range(200), *[1, 2, 3] * 9]) and not config.loops([*range(200), *[1, 2, 3] * 2])
-    stop = _BreakOff(config, placeholders=[9])
+    assert loops([*range(40), *range(40)], 0.4) and not loops(list(range(80)), 0.4)
+    assert loops([*range(200), *[1, 2, 3] * 9], 0.4) and not loops([*range(200), *[1, 2, 3] * 2], 0.4)
+    stop = BreakOff(0.4, placeholders=[9])
     # A picture's placeholders, and a short question behind them.
     assert not stop(torch.tensor([[1] + [9] * 40 + [2, 3, 4, 5, 6]]), None)
     assert stop(torch.tensor([[1] + [9] * 40 + [2, 3] * 12]), None)
-    assert not CollectConfig().loops([7] * 100)
+    assert not loops([7] * 100, 1.0)
 
 
 def test_an_answer_that_was_broken_off_is_skipped(world):

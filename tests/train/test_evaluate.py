@@ -3,19 +3,22 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 
 import pytest
 import torch
 from PIL import Image
 
+from tests import tiny
 from tests.replay import ReplayDraft
 from tests.tiny import VOCABULARY
-from tests.train.conftest import EXTENSION, NEW_TOKENS
+from tests.train.conftest import COLLECT, EXTENSION, NEW_TOKENS, make_model
 from vispec import TreeConfig, ViSpecDraft, fast_generate
-from vispec.train import evaluate, open_source
+from vispec.train import collect, evaluate, open_source
 from vispec.train.data import read_dataset
 from vispec.train.evaluate import FIRST_TOKENS, Acceptance
 from vispec.train.inputs import sample_inputs
+from vispec.train.loops import repeated
 from vispec.train.plot import check_plotting, plot_figures
 from vispec.train.sources import ImageStore
 from vispec.train.words import KINDS, content_words, pieces_of, word_kinds
@@ -79,6 +82,31 @@ def test_a_draft_that_knows_every_answer(world):
     assert figures["rounds"] == 60 and figures["tau"] == pytest.approx((5 * 3 + 2) / 6)
     assert figures["acceptance_by_depth"] == pytest.approx([1, 1, 5 / 6])
     assert figures["by_part"]["first"]["rounds"] == 10 * -(-(FIRST_TOKENS - 1) // 4)
+
+
+def test_answers_that_loop_or_are_short_are_left_out(world, draft, tmp_path):
+    """What counts is what `collect` keeps, here of a model of six words, which repeats itself more and less."""
+    model, source = make_model().model, open_source(world.requests)
+    model.generation_config.suppress_tokens = [token for token in range(tiny.VOCABULARY) if not 20 <= token < 26]
+    config = replace(COLLECT, max_new_tokens=60)
+    collect(model, world.processor, source, tmp_path / "all", config)
+    written = [sample.answer for sample in read_dataset(tmp_path / "all")[0]]
+    limit = sorted(max(repeated(answer), repeated(answer[-32:])) for answer in written)[4] + 1e-9
+    collect(model, world.processor, source, tmp_path / "kept", replace(config, max_repeated=limit))
+    kept = [sample.answer for sample in read_dataset(tmp_path / "kept")[0]]
+    assert 0 < len(kept) < len(written), "some loop and some do not"
+    options = {"extension": EXTENSION, "temperatures": (0.0,), "max_new_tokens": 60, "max_repeated": limit}
+    found = evaluate(model, world.processor, draft, source, **options)
+    figures = found["temperatures"]["0"]
+    assert figures["answers"] == len(kept) and figures["new_tokens"] == sum(map(len, kept))
+    assert figures["left_out"] == {"looping answer": len(written) - len(kept)}
+    # Each answer's first token came from the prefill, each round brought one more than it accepted.
+    assert figures["rounds"] * (figures["tau"] + 1) == pytest.approx(figures["new_tokens"] - len(kept))
+    assert figures["rounds"] == sum(group["rounds"] for group in figures["by_kind"].values())
+    assert figures["new_tokens"] == sum(group["tokens"] for group in figures["by_word"].values())
+    assert found["max_repeated"] == limit and found["shortest_answer"] == 1
+    with pytest.raises(ValueError, match=r"answer at temperature 0 must count, got .*'short answer': 10"):
+        run(world, draft, temperatures=(0.0,), shortest_answer=NEW_TOKENS + 1)
 
 
 def test_tokens_by_kind_of_word(world):
@@ -156,6 +184,10 @@ def test_acceptance_by_depth():
 def test_bad_input(world, draft, tmp_path):
     with pytest.raises(ValueError, match="temperatures must be at least 0"):
         run(world, draft, temperatures=(-1.0,))
+    with pytest.raises(ValueError, match="max_repeated must be above 0 and at most 1, got 0"):
+        run(world, draft, max_repeated=0)
+    with pytest.raises(ValueError, match="shortest_answer must be at least 1, got 0"):
+        run(world, draft, shortest_answer=0)
     path = tmp_path / "rows.jsonl"
     path.write_text('{"image": "gone.png", "prompt": "w4"}\n{"prompt": "w4"}\n')
     found = evaluate(world.model, world.processor, draft, open_source(path), max_new_tokens=4)

@@ -19,12 +19,12 @@ from vispec.targets import Target, load_target, resolve_settings
 from vispec.train.data import DatasetWriter, Sample, Skip, dataset_totals
 from vispec.train.inputs import check_placeholders, extended, merge_inputs, process, prompt_text
 from vispec.train.log import collect_progress
+from vispec.train.loops import BreakOff, loops, repeated
 from vispec.train.sources import ImageStore, Request, Source, UnusableSample
 
 EXTENSION = "Please answer with at least 1000 words."
 # A row is trained on the token after the answer's first, so a shorter answer teaches nothing.
 SHORTEST_ANSWER = 3
-LOOP_TOKENS = 32
 
 
 @dataclass(frozen=True)
@@ -78,29 +78,6 @@ class CollectConfig:
         if temperature:
             found |= {"do_sample": True, "temperature": temperature, "top_k": 0, "top_p": self.top_p}
         return found
-
-    def loops(self, answer: Sequence[int]) -> bool:
-        """Whether an answer loops, as a whole or at its end."""
-        return max(repeated(answer), repeated(answer[-LOOP_TOKENS:])) > self.max_repeated
-
-
-def repeated(tokens: Sequence[int]) -> float:
-    """The share of a text's 4-grams that occurred before in it."""
-    grams = [tuple(tokens[start : start + 4]) for start in range(len(tokens) - 3)]
-    return 1 - len(set(grams)) / len(grams) if grams else 0.0
-
-
-class _BreakOff:
-    """A stopping criterion: the last tokens loop. What stands before an answer counts, back to the last picture."""
-
-    def __init__(self, config: CollectConfig, placeholders: Sequence[int]) -> None:
-        self.config = config
-        self.placeholders = frozenset(placeholders)
-
-    def __call__(self, history: Tensor, scores: object) -> bool:
-        tokens = history[0, -LOOP_TOKENS:].tolist()
-        seen = [place for place, token in enumerate(tokens) if token in self.placeholders]
-        return repeated(tokens[seen[-1] + 1 :] if seen else tokens) > self.config.max_repeated
 
 
 class Prepared(NamedTuple):
@@ -290,7 +267,7 @@ def _answers(
     seeds = [config.seed + one.index for one in batch]
     options = config.options(batch[0].temperature)
     if config.max_repeated < 1:
-        options["stopping_criteria"] = [_BreakOff(config, target.placeholder_tokens)]
+        options["stopping_criteria"] = [BreakOff(config.max_repeated, target.placeholder_tokens)]
     fast_generate(target, draft, inputs, seed=seeds, on_round=keep, **options)
     ends = resolve_settings(target.model, inputs["input_ids"], options).eos_token_ids
     return [(tuple(row), row[-1] in ends) for row in emitted]
@@ -301,7 +278,7 @@ def _check_answer(answer: tuple[int, ...], ended: bool, target: Target, config: 
         raise UnusableSample("short answer", f"{len(answer)} tokens")
     # Without an end below the limit, it was broken off.
     broken_off = not ended and len(answer) < config.max_new_tokens
-    if config.loops(answer) or broken_off:
+    if loops(answer, config.max_repeated) or broken_off:
         raise UnusableSample("looping answer", f"{len(answer)} tokens, {repeated(answer):.2f} of its 4-grams repeated")
     if not ended and not config.keep_cut:
         raise UnusableSample("cut answer", f"{len(answer)} tokens without an end")

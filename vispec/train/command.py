@@ -105,6 +105,14 @@ def _eval_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--plot", metavar="PNG", help="also draw the figures (needs matplotlib)")
     parser.add_argument("--temperatures", type=float, nargs="+", default=[0.0, 1.0], metavar="T")
     parser.add_argument("--max-new-tokens", type=int, default=128, metavar="N")
+    parser.add_argument(
+        "--max-repeated",
+        type=float,
+        default=1.0,
+        metavar="SHARE",
+        help="leave out answers of which a larger share of 4-grams occurred before; 1 (the default) leaves out none",
+    )
+    parser.add_argument("--shortest-answer", type=int, default=1, metavar="N", help="leave out answers of fewer tokens")
     parser.add_argument("--seed", type=int, default=0)
     for name in ("depth", "top_k", "total_tokens"):
         parser.add_argument(f"--{name.replace('_', '-')}", type=int, metavar="N", help="of the draft tree")
@@ -194,6 +202,8 @@ def _evaluate(arguments: argparse.Namespace) -> int:
         extension=arguments.extension,
         tree=tree,
         limit=arguments.limit,
+        max_repeated=arguments.max_repeated,
+        shortest_answer=arguments.shortest_answer,
         seed=arguments.seed,
         console=_console(arguments),
     )

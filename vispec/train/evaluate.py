@@ -12,9 +12,10 @@ from rich.console import Console
 from vispec.decode import fast_generate
 from vispec.decode.round import RoundEvent
 from vispec.drafts import Draft
-from vispec.targets import load_target
+from vispec.targets import load_target, resolve_settings
 from vispec.train.collect import EXTENSION, prepare
 from vispec.train.data import Skip
+from vispec.train.loops import BreakOff, loops
 from vispec.train.sources import ImageStore, Source, UnusableSample
 from vispec.train.words import KINDS, content_words, pieces_of, word_kinds
 from vispec.tree import TreeConfig
@@ -67,6 +68,8 @@ def evaluate(
     extension: str = EXTENSION,
     tree: TreeConfig | None = None,
     limit: int | None = None,
+    max_repeated: float = 1.0,
+    shortest_answer: int = 1,
     seed: int = 0,
     console: Console | None = None,
 ) -> dict[str, Any]:
@@ -74,13 +77,22 @@ def evaluate(
 
     Prompts and pictures should be ones that the draft was not trained on; nothing here can tell.
 
+    Args:
+        max_repeated: answers that loop, as in `CollectConfig`, are left out of all figures and counted.
+        shortest_answer: so are answers of fewer tokens.
+
     Returns: for JSON: for each temperature tau, tokens_per_round, acceptance_by_depth, the same by part of the
     answer (its first 16 tokens, the rest) and by the source's `kind`; by kind of word the tokens and the share of them
-    that came from the draft, where words of the source's own answer count as named; answers, new_tokens, and skips.
-    Raises: ValueError where no request can be used, or for a temperature below 0.
+    that came from the draft, where words of the source's own answer count as named; answers, new_tokens, the answers
+    left out by reason, and skips.
+    Raises: ValueError where no request can be used, and for options out of range.
     """
     if not temperatures or min(temperatures) < 0:
         raise ValueError(f"evaluate: temperatures must be at least 0, got {list(temperatures)}")
+    if not 0 < max_repeated <= 1:
+        raise ValueError(f"evaluate: max_repeated must be above 0 and at most 1, got {max_repeated}")
+    if shortest_answer < 1:
+        raise ValueError(f"evaluate: shortest_answer must be at least 1, got {shortest_answer}")
     target = load_target(model)
     draft.check(target)
     tree = TreeConfig() if tree is None else tree
@@ -88,7 +100,7 @@ def evaluate(
     store = ImageStore(source.image_root)
     tokenizer = getattr(processor, "tokenizer", processor)
     count = len(source) if limit is None else min(limit, len(source))
-    watches = {temperature: _Watch() for temperature in temperatures}
+    watches = {temperature: _Watch(max_repeated, shortest_answer) for temperature in temperatures}
     skips: list[Skip] = []
     for index in range(count):
         name = f"row {index}"
@@ -100,10 +112,13 @@ def evaluate(
             skips.append(Skip(index, name, error.reason, error.detail))
             continue
         for temperature, watch in watches.items():
-            options = {"do_sample": False}
+            options: dict[str, Any] = {"do_sample": False}
             if temperature:
                 options = {"do_sample": True, "temperature": temperature, "top_k": 0, "top_p": 1.0}
-            watch.begin(request.kind)
+            if max_repeated < 1:
+                options["stopping_criteria"] = [BreakOff(max_repeated, target.placeholder_tokens)]
+            ends = resolve_settings(target.model, one.inputs["input_ids"], options).eos_token_ids
+            watch.begin()
             fast_generate(
                 target,
                 draft,
@@ -114,16 +129,24 @@ def evaluate(
                 max_new_tokens=max_new_tokens,
                 **options,
             )
-            watch.end(tokenizer, content_words(request.answer or ""))
+            whole = watch.tokens[-1] in ends or len(watch.tokens) == max_new_tokens
+            watch.end(whole, request.kind, tokenizer, content_words(request.answer or ""))
         if console is not None:
             taus = ", ".join(f"T={t:g}: tau {watch.total.tau:.2f}" for t, watch in watches.items())
             console.print(f"{index + 1}/{count} prompts, {taus}", highlight=False)
     if len(skips) == count:
         raise ValueError(f"evaluate: at least one prompt must be usable, got none of {count}: {skips[0].detail}")
+    for temperature, watch in watches.items():
+        if not watch.answers:
+            raise ValueError(
+                f"evaluate: at least one answer at temperature {temperature:g} must count, got {dict(watch.left_out)}"
+            )
     return {
         "tree": asdict(tree),
         "max_new_tokens": max_new_tokens,
         "extension": extension,
+        "max_repeated": max_repeated,
+        "shortest_answer": shortest_answer,
         "seed": seed,
         "prompts": count - len(skips),
         "skipped": [asdict(skip) for skip in skips],
@@ -134,7 +157,9 @@ def evaluate(
 class _Watch:
     """Sorts the rounds of one temperature's generations into groups."""
 
-    def __init__(self) -> None:
+    def __init__(self, max_repeated: float, shortest_answer: int) -> None:
+        self.max_repeated = max_repeated
+        self.shortest_answer = shortest_answer
         self.total = Acceptance()
         self.parts = {"first": Acceptance(), "later": Acceptance()}
         self.kinds: dict[str, Acceptance] = defaultdict(Acceptance)
@@ -142,41 +167,52 @@ class _Watch:
         self.words = {kind: [0, 0] for kind in KINDS}
         self.answers = 0
         self.new_tokens = 0
+        self.left_out: Counter[str] = Counter()
 
-    def begin(self, kind: str | None) -> None:
+    def begin(self) -> None:
         """A new answer starts."""
-        self._kind = kind
-        self._place = 0
-        self._tokens: list[int] = []
-        self._drafted: list[bool] = []
-        self.answers += 1
+        self._rounds: list[list[int]] = []
 
     def __call__(self, event: RoundEvent) -> None:
-        emitted = len(event.emitted[0])
-        self.new_tokens += emitted
-        if event.tree is not None:
-            # A round emits what it accepted and one token of the target's own.
-            part = self.parts["first" if self._place < FIRST_TOKENS else "later"]
-            groups = [self.total, part]
-            if self._kind is not None:
-                groups.append(self.kinds[self._kind])
-            for group in groups:
-                group.accepted[emitted - 1] += 1
-        self._place += emitted
-        self._tokens += event.emitted[0]
-        self._drafted += [True] * (emitted - 1) + [False]
+        self._rounds.append(event.emitted[0])
 
-    def end(self, tokenizer: Any, named: frozenset[str]) -> None:
-        """The answer is whole, and its words can be told."""
-        kinds = word_kinds(pieces_of(tokenizer, self._tokens), named)
-        for kind, drafted in zip(kinds, self._drafted, strict=True):
-            self.words[kind][drafted] += 1
+    @property
+    def tokens(self) -> list[int]:
+        """The answer so far."""
+        return [token for emitted in self._rounds for token in emitted]
+
+    def end(self, whole: bool, kind: str | None, tokenizer: Any, named: frozenset[str]) -> None:
+        """The answer has ended, `whole` or broken off: it counts, or it is left out."""
+        tokens = self.tokens
+        if not whole or loops(tokens, self.max_repeated):
+            self.left_out["looping answer"] += 1
+            return
+        if len(tokens) < self.shortest_answer:
+            self.left_out["short answer"] += 1
+            return
+        self.answers += 1
+        self.new_tokens += len(tokens)
+        # The prefill brought the first token.
+        place = len(self._rounds[0])
+        for emitted in self._rounds[1:]:
+            groups = [self.total, self.parts["first" if place < FIRST_TOKENS else "later"]]
+            if kind is not None:
+                groups.append(self.kinds[kind])
+            # A round emits what it accepted and one token of the target's own.
+            for group in groups:
+                group.accepted[len(emitted) - 1] += 1
+            place += len(emitted)
+        drafted = [place < len(emitted) - 1 for emitted in self._rounds for place in range(len(emitted))]
+        word_of = word_kinds(pieces_of(tokenizer, tokens), named)
+        for word, own in zip(word_of, drafted, strict=True):
+            self.words[word][own] += 1
 
     def as_dict(self, longest: int) -> dict[str, Any]:
         return {
             **self.total.as_dict(longest),
             "answers": self.answers,
             "new_tokens": self.new_tokens,
+            "left_out": dict(self.left_out),
             "by_part": {name: group.as_dict(longest) for name, group in self.parts.items()},
             "by_word": {
                 kind: {"tokens": sum(counts), "drafted_share": counts[1] / sum(counts)}
