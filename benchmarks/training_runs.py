@@ -5,7 +5,8 @@ python -m benchmarks.training_runs table          # rewrite the marked block of 
 python -m benchmarks.training_runs table --check  # fail where it differs from the record
 
 Each folder holds `figures.json` of `vispec train eval`, and what `vispec train fit` left there (nothing for a draft
-without weights). A second record replaces the first, so all runs of a comparison are named at once.
+without weights). A name given several times is one draft trained with several seeds: the table then shows the mean and
+the standard deviation. A second record replaces the first, so all runs of a comparison are named at once.
 """
 
 from __future__ import annotations
@@ -14,6 +15,8 @@ import argparse
 import csv
 import json
 import re
+import statistics
+from collections import defaultdict
 from pathlib import Path
 from typing import Any
 
@@ -38,7 +41,7 @@ RUNS = (
     "prompt lookup",
 )
 # What must be the same in all runs of a comparison.
-ALIKE = ("tree", "max_new_tokens", "extension", "seed", "prompts")
+ALIKE = ("tree", "max_new_tokens", "extension", "max_repeated", "shortest_answer", "seed", "prompts")
 TEMPERATURES = ("0", "1")
 
 
@@ -70,29 +73,45 @@ def _mean(steps: list[dict[str, str]], name: str) -> float:
 
 def shown(record: dict[str, Any] | None) -> list[str]:
     """The table's lines. Raises: ValueError for runs that were measured on different prompts or trees."""
-    rows = {} if record is None else {row["name"]: row for row in record["rows"]}
-    alike = {json.dumps([row[key] for key in ALIKE]) for row in rows.values()}
+    runs: dict[str, list[dict[str, Any]]] = defaultdict(list)
+    for row in [] if record is None else record["rows"]:
+        runs[row["name"]].append(row)
+    alike = {json.dumps([row[key] for key in ALIKE]) for rows in runs.values() for row in rows}
     if len(alike) > 1:
         raise ValueError(f"training_runs: runs must be measured alike, got {sorted(alike)}")
     lines = [
-        "| draft | answer tokens seen | minutes | tau, T = 0 | against ViSpec | tau, T = 1 | against ViSpec |",
-        "|---|---|---|---|---|---|---|",
+        "| draft | seeds | answer tokens seen | minutes | tau, T = 0 | against ViSpec | tau, T = 1 | against ViSpec |",
+        "|---|---|---|---|---|---|---|---|",
     ]
-    first = rows.get(RUNS[0])
     for name in RUNS:
-        row = rows.get(name)
-        if row is None:
-            lines.append(f"| {name} | not yet measured | | | | | |")
+        rows = runs[name]
+        if not rows:
+            lines.append(f"| {name} | not yet measured | | | | | | |")
             continue
-        cells = [f"{row['answer_tokens_seen']:,}", f"{row['minutes']:.0f}"]
+        cells = [
+            str(len(rows)),
+            f"{statistics.mean(row['answer_tokens_seen'] for row in rows):,.0f}",
+            f"{statistics.mean(row['minutes'] for row in rows):.0f}",
+        ]
         for temperature in TEMPERATURES:
-            found = row["temperatures"].get(temperature)
-            other = None if first is None else first["temperatures"].get(temperature)
-            cells.append("" if found is None else f"{found['tau']:.2f}")
-            known = found is not None and other is not None
-            cells.append(f"{found['tau'] - other['tau']:+.2f}" if known else "")
+            taus, first = _taus(rows, temperature), _taus(runs[RUNS[0]], temperature)
+            cells.append(_mean_and_spread(taus))
+            known = taus and first
+            cells.append(f"{statistics.mean(taus) / statistics.mean(first):.2f}x" if known else "")
         lines.append(f"| {name} | {' | '.join(cells)} |")
     return lines
+
+
+def _taus(rows: list[dict[str, Any]], temperature: str) -> list[float]:
+    return [row["temperatures"][temperature]["tau"] for row in rows if temperature in row["temperatures"]]
+
+
+def _mean_and_spread(values: list[float]) -> str:
+    """The mean, and the standard deviation where there are several."""
+    if not values:
+        return ""
+    spread = f" ± {statistics.stdev(values):.2f}" if len(values) > 1 else ""
+    return f"{statistics.mean(values):.2f}{spread}"
 
 
 def rendered(text: str, record: dict[str, Any] | None) -> str:
