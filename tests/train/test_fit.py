@@ -140,7 +140,7 @@ def test_a_resumed_run_is_bit_for_bit_the_unbroken_one(world, tmp_path, monkeypa
     resumed = fit(world.model, world.processor, config, resume=True)
     assert resumed.losses == unbroken.losses[4:] and len(resumed.losses) == 3
     assert log_of(tmp_path / "broken") == log_of(tmp_path / "unbroken")
-    for name in ("model.safetensors", "checkpoints/step-00000007/draft.safetensors"):
+    for name in ("model.safetensors", "checkpoints/step-00000007/model.safetensors"):
         assert (tmp_path / "broken" / name).read_bytes() == (tmp_path / "unbroken" / name).read_bytes()
     moments = [
         torch.load(tmp_path / out / "checkpoints/step-00000007/optimizer.pt")["state"] for out in ("broken", "unbroken")
@@ -151,6 +151,10 @@ def test_a_resumed_run_is_bit_for_bit_the_unbroken_one(world, tmp_path, monkeypa
     assert rates == pytest.approx([1e-3 / 3, 2e-3 / 3, 1e-3, 1e-3, 0.75e-3, 0.5e-3, 0.25e-3])
     kept = sorted(path.name for path in (tmp_path / "unbroken" / "checkpoints").iterdir())
     assert kept == ["step-00000006", "step-00000007"]
+    # A checkpoint is a draft like another; the last one is the result, before it was rounded to the target's dtype.
+    drafts = [vispec.load_draft(tmp_path / "unbroken" / name, world.model) for name in ("", f"checkpoints/{kept[1]}")]
+    states = [draft.state_dict() for draft in drafts]
+    assert all(torch.equal(states[0][name], states[1][name]) for name in states[0])
 
 
 def test_two_processes_give_the_loss_of_one(world, tmp_path):
@@ -391,7 +395,7 @@ def test_a_loss_that_is_not_finite_stops_the_run(world, tmp_path, monkeypatch):
         fit(world.model, world.processor, config)
     newest = sorted((tmp_path / "out" / "checkpoints").iterdir())[-1]
     assert newest.name == "step-00000002"
-    assert all(value.isfinite().all() for value in load_file(newest / "draft.safetensors").values())
+    assert all(value.isfinite().all() for value in load_file(newest / "model.safetensors").values())
 
 
 def test_folders_in_use_and_runs_of_other_settings(world, tmp_path):
@@ -416,7 +420,7 @@ def test_an_older_data_set(world, tmp_path):
 
 
 def test_a_full_disk_leaves_the_earlier_checkpoint(world, tmp_path, monkeypatch):
-    module = importlib.import_module("vispec.train.checkpoint")
+    module = importlib.import_module("vispec.drafts.files")
     save, calls = module.save_file, []
 
     def full(tensors, path, **more):

@@ -24,7 +24,12 @@ STATE_VERSION = 1
 
 
 def save_checkpoint(
-    out: Path, step: int, draft: nn.Module, optimizer: torch.optim.Optimizer, config: dict[str, Any], keep: int
+    out: Path,
+    step: int,
+    draft: ViSpecDraft | MedusaDraft,
+    optimizer: torch.optim.Optimizer,
+    config: dict[str, Any],
+    keep: int,
 ) -> Path:
     """Writes weights, optimizer and step under another name, then renames; deletes all but the newest `keep`.
 
@@ -35,9 +40,8 @@ def save_checkpoint(
     part = folder.with_name(folder.name + ".part")
     shutil.rmtree(part, ignore_errors=True)
     try:
-        part.mkdir(parents=True)
-        tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in draft.state_dict().items()}
-        save_file(tensors, part / "draft.safetensors")
+        # As a draft that `load_draft` reads, so that a run can be measured while it goes on.
+        draft.save_pretrained(part)
         torch.save(optimizer.state_dict(), part / "optimizer.pt")
         state = {"state_version": STATE_VERSION, "step": step, "config": config}
         (part / "state.json").write_text(json.dumps(state, indent=1) + "\n", encoding="utf-8")
@@ -89,7 +93,7 @@ def load_checkpoint(out: Path, draft: nn.Module, optimizer: torch.optim.Optimize
                 f"fit: {name} must be {known.get(name)!r} as in {folder}, got {config.get(name)!r}: "
                 "a run is resumed with its own settings"
             )
-    tensors = load_file(folder / "draft.safetensors")
+    tensors = {"head_tokens": torch.empty(0, dtype=torch.int64), **load_file(folder / "model.safetensors")}
     if not torch.equal(tensors["head_tokens"], draft.head_tokens.cpu()):
         raise ValueError(f"fit: data must be as it was when {folder} was written, got answers with other token counts")
     draft.load_state_dict(tensors)
