@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
+
 import torch
 from torch import Tensor
 
@@ -9,20 +12,24 @@ from vispec.drafts import ViSpecDraft
 from vispec.drafts.base import Plan
 from vispec.prompt import Prompt
 from vispec.targets import Target
-from vispec.tree import DraftTree, TreeConfig
+from vispec.tree import DraftTree, TreeConfig, ancestor_words
 
 
 class PacedDraft:
     """Makes rounds accept `tau` drafted tokens on average, whatever the target says, at a real draft's cost.
 
-    Its first nodes follow `answers` for as many tokens as the round is to accept and are wrong from there; the other
-    nodes hang on the root. What it proposes replaces the tree that the real draft has grown, on the device.
+    One path of its tree follows `answers` for as many tokens as the round is to accept and is wrong from there; the
+    other nodes hang on the root. The path's nodes lie apart from one another, as those of a real tree do, so that a
+    commit has something to move. What it proposes replaces the tree that the real draft has grown, on the device.
 
     Args:
         real: the draft whose passes are run.
         answers: [B, A] int64, what the target emits behind each prompt, token for token.
         tau: drafted tokens to accept a round; its whole part in some rounds and one more in the others.
         tree: the sizes of every tree.
+
+    Attributes:
+        pacing: entered around the work that no real draft does, for who wants to time it.
     """
 
     def __init__(self, real: ViSpecDraft, answers: Tensor, tau: float, tree: TreeConfig) -> None:
@@ -30,6 +37,7 @@ class PacedDraft:
         self.real = real
         self.answers = answers
         self.tau = tau
+        self.pacing: Callable[[], AbstractContextManager] = nullcontext
 
     def check(self, target: Target) -> None:
         """See `Draft.check`."""
@@ -54,19 +62,17 @@ class PacedSession:
         device = draft.answers.device
         self.emitted = torch.ones_like(draft.answers[:, 0])
         self.rounds = torch.zeros((), dtype=torch.int64, device=device)
-        chain = tree.longest_path
-        node = torch.arange(tree.nodes, device=device)
-        on_chain = node < chain
-        # Nodes of the chain descend from one another, the others from the root.
-        self.depths = torch.where(on_chain, node, 1)
-        self.parents = torch.where(on_chain, node - 1, 0)
-        self.node = node
-        words = torch.zeros(tree.nodes, (tree.nodes + 63) // 64, dtype=torch.int64)
-        for index in range(tree.nodes):
-            for ancestor in range(index + 1) if index < chain else (0, index):
-                bit = 1 << ancestor % 64
-                words[index, ancestor // 64] |= bit - (1 << 64) if bit >> 63 else bit
-        self.ancestors = words.to(device)
+        # One behind the root a level, as far apart as they can be; the others are the root's children.
+        step = max(1, (tree.nodes - 1) // max(1, tree.longest_path - 1))
+        node = torch.arange(tree.nodes)
+        on_path = (node % step == 0) & (node < tree.longest_path * step)
+        depths = torch.where(on_path, node // step, 1)
+        parents = torch.where(on_path, node - step, 0).clamp(min=-1)
+        above = (on_path & (node <= node[:, None])) & on_path[:, None]
+        seen = above | (node == 0) | torch.eye(tree.nodes, dtype=torch.bool)
+        self.node, self.on_path = node.to(device), on_path.to(device)
+        self.depths, self.parents = depths.to(device), parents.to(device)
+        self.ancestors = ancestor_words(seen[None])[0].to(device)
 
     def fix(self, tokens: int, tree: TreeConfig) -> None:
         """See `FixedSession.fix`."""
@@ -80,6 +86,11 @@ class PacedSession:
     def propose(self, root_tokens: Tensor, plan: Plan) -> DraftTree:
         """See `DraftSession.propose`."""
         tree = self.real.propose(root_tokens, plan)
+        with self.draft.pacing():
+            self._replace(tree, root_tokens)
+        return tree
+
+    def _replace(self, tree: DraftTree, root_tokens: Tensor) -> None:
         answers, tau = self.draft.answers, self.draft.tau
         right = ((self.rounds + 1) * tau).floor() - (self.rounds * tau).floor()
         self.rounds += 1
@@ -87,11 +98,9 @@ class PacedSession:
         truth = answers.gather(1, places)
         # Siblings of the true child must not be it, nor equal each other.
         wrong = (truth + self.node) % self.vocabulary
-        on_path = (self.node == self.depths) & (self.depths <= right)
-        tree.tokens.copy_(torch.where(on_path, truth, wrong))
+        tree.tokens.copy_(torch.where(self.on_path & (self.depths <= right), truth, wrong))
         tree.tokens[:, 0] = root_tokens
         tree.parents.copy_(self.parents)
         tree.depths.copy_(self.depths)
         tree.ancestors.copy_(self.ancestors)
         tree.scores.zero_()
-        return tree
