@@ -1,6 +1,6 @@
-"""Writes the README's tables from the committed records, so that no figure is typed by hand.
+"""Writes the tables of README.md and docs/engine.md from the committed records: no figure is typed by hand.
 
-python -m benchmarks.tables          # rewrite the marked blocks of README.md
+python -m benchmarks.tables          # rewrite the marked blocks of both
 python -m benchmarks.tables --check  # fail where they differ from the records
 """
 
@@ -14,11 +14,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from benchmarks.engine.page import floors, phases, rounds, unmeasured_phases
 from benchmarks.ops import CASES
 
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "benchmarks" / "results"
 README = ROOT / "README.md"
+ENGINE = ROOT / "docs" / "engine.md"
 
 
 def lookup_text(row: dict[str, Any]) -> str:
@@ -114,20 +116,26 @@ def no_kernels() -> str:
 
 @dataclass(frozen=True)
 class Block:
-    """A marked block of the README."""
+    """A marked block of a page."""
 
-    files: str
-    """Pattern of the records' names; one table a record."""
-    show: Callable[[dict[str, Any]], list[str]]
+    files: str | None
+    """Pattern of the records' names; one table a record. None: what the block holds needs no record."""
+    show: Callable[[dict[str, Any]], list[str]] | None
     without: Callable[[], str] = lambda: UNMEASURED
     """What the block holds where there is no record."""
 
 
-BLOCKS = {
+README_BLOCKS = {
     "speed": Block("generate_cpu.json", speed),
     "memory": Block("memory_cpu.json", memory),
     "kernels": Block("ops_*.json", kernels, no_kernels),
 }
+ENGINE_BLOCKS = {
+    "floors": Block(None, None, floors),
+    "phases": Block("engine_*.json", phases, unmeasured_phases),
+    "rounds": Block("engine_*.json", rounds),
+}
+PAGES = {README: README_BLOCKS, ENGINE: ENGINE_BLOCKS}
 
 
 def source(record: dict[str, Any]) -> str:
@@ -142,27 +150,28 @@ def source(record: dict[str, Any]) -> str:
     )
 
 
-def rendered(text: str, results: Path = RESULTS) -> str:
-    """The README with every marked block written anew."""
-    for name, block in BLOCKS.items():
-        records = [json.loads(path.read_text()) for path in sorted(results.glob(block.files))]
+def rendered(text: str, results: Path = RESULTS, page: Path = README) -> str:
+    """A page with every marked block written anew."""
+    for name, block in PAGES[page].items():
+        files = sorted(results.glob(block.files)) if block.files else ()
+        records = [json.loads(path.read_text()) for path in files]
         tables = ["\n".join([*block.show(record), "", source(record)]) for record in records]
         body = "\n\n".join(tables) or block.without()
         pattern = re.compile(rf"(<!-- {name} -->\n).*?(\n<!-- /{name} -->)", re.DOTALL)
         if not pattern.search(text):
-            raise SystemExit(f"tables: README.md must hold the block <!-- {name} --> ... <!-- /{name} -->")
+            raise SystemExit(f"tables: {page.name} must hold the block <!-- {name} --> ... <!-- /{name} -->")
         text = pattern.sub(lambda match, body=body: match[1] + body + match[2], text)
     return text
 
 
 def main() -> None:
-    text = README.read_text()
-    wanted = rendered(text)
-    if "--check" in sys.argv[1:]:
-        if text != wanted:
-            raise SystemExit("tables: README.md differs from benchmarks/results; run python -m benchmarks.tables")
-        return
-    README.write_text(wanted)
+    for page in PAGES:
+        text = page.read_text()
+        wanted = rendered(text, page=page)
+        if "--check" not in sys.argv[1:]:
+            page.write_text(wanted)
+        elif text != wanted:
+            raise SystemExit(f"tables: {page.name} differs from benchmarks/results; run python -m benchmarks.tables")
 
 
 if __name__ == "__main__":

@@ -18,6 +18,7 @@ class Shape:
         layers, hidden, intermediate, heads, groups, head_width, vocabulary: of its language model.
         family: the config's model type.
         tau: drafted tokens accepted a round as published for ViSpec at temperature 0 (depth 3, top_k 8, 30 nodes).
+        picture_rows: rows of one picture: five tiles of 336 x 336 pixels (LLaVA-1.6), 896 x 896 pixels (Qwen2.5-VL).
         tied: whether the head is the embedding.
     """
 
@@ -29,6 +30,7 @@ class Shape:
     vocabulary: int
     family: str
     tau: float
+    picture_rows: int
     tied: bool = False
     head_width: int = 128
 
@@ -82,28 +84,17 @@ class Shape:
         """Keys and values of so many tokens over all layers."""
         return 2 * self.layers * self.groups * self.head_width * tokens
 
-    def step_bytes(self, context: int, batch: int, element_bytes: int) -> int:
-        """What one pass over the decoder, plain or a tree, must read at least."""
-        weights = self.layer_weights + self.head_weights
-        return element_bytes * (weights + batch * self.cache_elements(context))
-
-    def draft_bytes(self, passes: int, element_bytes: int) -> int:
-        """What the draft's passes of one round must read at least: one layer, the composed input map, the head."""
-        attention = 4 * self.hidden * self.heads * self.head_width
-        layer = attention + 3 * self.hidden * self.intermediate + 2 * self.hidden * self.hidden
-        return element_bytes * passes * (layer + self.head_weights)
-
 
 SHAPES = {
-    "llava-1.6-7b": Shape(32, 4096, 11008, 32, 32, 32064, "llava_next", 2.98),
-    "llava-1.6-13b": Shape(40, 5120, 13824, 40, 40, 32064, "llava_next", 2.89),
-    "qwen2.5-vl-3b": Shape(36, 2048, 11008, 16, 2, 151936, "qwen2_5_vl", 2.19, tied=True),
-    "qwen2.5-vl-7b": Shape(28, 3584, 18944, 28, 4, 152064, "qwen2_5_vl", 2.24),
+    "llava-1.6-7b": Shape(32, 4096, 11008, 32, 32, 32064, "llava_next", 2.98, 2880),
+    "llava-1.6-13b": Shape(40, 5120, 13824, 40, 40, 32064, "llava_next", 2.89, 2880),
+    "qwen2.5-vl-3b": Shape(36, 2048, 11008, 16, 2, 151936, "qwen2_5_vl", 2.19, 1024, tied=True),
+    "qwen2.5-vl-7b": Shape(28, 3584, 18944, 28, 4, 152064, "qwen2_5_vl", 2.24, 1024),
 }
 # For a machine without a GPU: the same code in seconds.
 TINY_SHAPES = {
-    "tiny-llava": Shape(2, 64, 96, 4, 4, 160, "llava_next", 1.5, head_width=16),
-    "tiny-qwen": Shape(2, 64, 96, 4, 2, 160, "qwen2_5_vl", 1.5, head_width=16),
+    "tiny-llava": Shape(2, 64, 96, 4, 4, 160, "llava_next", 1.5, 20, head_width=16),
+    "tiny-qwen": Shape(2, 64, 96, 4, 2, 160, "qwen2_5_vl", 1.5, 16, head_width=16),
 }
 
 
