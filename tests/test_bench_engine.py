@@ -121,6 +121,7 @@ def test_a_run_writes_phases_floors_and_what_it_is_compared_with(on_this_cpu, tm
     assert row["round"]["ms"] == pytest.approx(125 * row["tokens_a_round"])
     assert row["tokens_a_round"] == pytest.approx(2.5, rel=0.2)
     assert row["tokens_per_second"] == 8 and row["speed_up_over_own_plain"] == 1
+    assert row["adaptor"]["queued_in_time"] is row["verify"][8]["queued_in_time"] is True
     # Nothing is captured on a CPU, and the record says so.
     assert (row["replayed_rounds"], row["replayed_round"], row["host_ms_a_round"]) == (0, None, None)
     assert row["generate_eager_ms"] is not None and row["generate_compiled_ms"] is not None

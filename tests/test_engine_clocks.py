@@ -98,6 +98,19 @@ def test_watched_rounds_are_not_captured_and_all_is_as_before(case, monkeypatch)
     assert stats.draft_seconds > 0 and stats.verify_seconds > 0
 
 
+@pytest.mark.parametrize(("late", "in_time"), [(-1, True), (3, False)])
+def test_calls_are_held_back_one_by_one(late, in_time):
+    clock, calls = CountingClock(late), []
+
+    def call() -> None:
+        # As many calls so far, so many seconds.
+        calls.append([clock.mark() for _ in range(len(calls))])
+
+    # Marks inside a call are seconds on this clock: 1 to 4 of them, and one for the end.
+    assert clocks.mean_seconds(call, clock, calls=4) == ((2 + 3 + 4 + 5) / 4, in_time)
+    assert (len(calls), clock.holds, clock.held_asked) == (5, 4, 4)
+
+
 def test_a_round_of_another_order_is_an_error():
     phases = PhaseClock(CountingClock())
     with phases.watching():

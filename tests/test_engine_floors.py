@@ -133,7 +133,8 @@ def test_a_picture_shows_each_pass_and_what_was_measured(tmp_path):
     row = {"target": "qwen2.5-vl-3b", "context": 2048, "batch": 1, "quantised": None}
     row |= {**times, "verify": [{"nodes": 1, "ms": 4}, {"nodes": 256, "ms": 5}]}
     others = [{**row, "context": 512}, {**row, "batch": 2}, {**row, "quantised": "int8"}]
-    others.append({"target": "llava-1.6-7b", "context": 2048, "batch": 1, "out_of_memory": ["vispec"]})
+    tight = {"target": "llava-1.6-7b", "context": 2048, "batch": 1, "quantised": None, "out_of_memory": ["vispec"]}
+    others.append(tight)
     sizes = {}
     for name, rows in {"floors": [], "others": others, "measured": [row], "again": [row]}.items():
         roofline.draw(tmp_path / f"{name}.svg", rows)

@@ -16,7 +16,7 @@ from transformers import PreTrainedModel
 
 import vispec
 from benchmarks.engine.clocks import HostClock, PhaseClock, ReplayClock, clock_of, trace
-from benchmarks.engine.floors import PHASES, Machine, Setting, adaptor_pass, round_phases, target_pass
+from benchmarks.engine.floors import PHASES, Machine, Setting, Work, adaptor_pass, round_phases, target_pass
 from benchmarks.engine.passes import adaptor_seconds, verify_seconds
 from benchmarks.engine.replay import PacedDraft
 from benchmarks.engine.targets import Shape, prompts
@@ -178,12 +178,15 @@ def pass_figures(case: Case, machine: Machine | None) -> dict[str, Any]:
     adaptor = adaptor_seconds(case.model, case.real, shape.picture_rows)
     if machine is None:
         return {"verify_nodes": list(verify)}
+
+    def figures(found: tuple[float, bool], parts: list[Work]) -> dict[str, Any]:
+        return {**beside(found[0], machine.seconds(parts)), "queued_in_time": found[1]}
+
     return {
         "verify": [
-            {"nodes": nodes, **beside(found, machine.seconds(target_pass(shape, setting, nodes)))}
-            for nodes, found in verify.items()
+            {"nodes": nodes, **figures(found, target_pass(shape, setting, nodes))} for nodes, found in verify.items()
         ],
-        "adaptor": beside(adaptor, machine.seconds(adaptor_pass(shape, shape.picture_rows))),
+        "adaptor": figures(adaptor, adaptor_pass(shape, shape.picture_rows)),
     }
 
 

@@ -49,10 +49,12 @@ def duration(seconds: float) -> str:
 
 
 def header(cells: list[str]) -> list[str]:
+    """The first two lines of a table."""
     return [line(cells), "|" + "---|" * len(cells)]
 
 
 def line(cells: list[str]) -> str:
+    """One line of a table."""
     return f"| {' | '.join(cells)} |"
 
 
@@ -79,10 +81,12 @@ def phases(record: Mapping[str, Any]) -> list[str]:
 
 
 def is_typical(row: Mapping[str, Any]) -> bool:
+    """Whether a row of a record is of the floors' setting."""
     return row["context"] == CONTEXT and row["batch"] == 1 and not row["quantised"]
 
 
 def phase_cells(row: Mapping[str, Any]) -> list[str]:
+    """The cells of `PHASE_HEAD` behind the target's name."""
     if "phases" not in row:
         return only(DOES_NOT_FIT)
     rest = row["phases_rest_ms"] + row["phases_pacing_ms"]
@@ -119,6 +123,7 @@ def rounds(record: Mapping[str, Any]) -> list[str]:
 
 
 def round_cells(row: Mapping[str, Any]) -> list[str]:
+    """Times and speed-ups of one case."""
     if "round" not in row:
         return [DOES_NOT_FIT, *[""] * 5]
     speed_ups = (row[f"speed_up_over_{way}"] for way in ("own_plain", "generate_eager", "generate_compiled"))

@@ -28,8 +28,8 @@ def star(batch: int, nodes: int, vocabulary: int, device: torch.device) -> Draft
 
 
 @torch.inference_mode()
-def verify_seconds(model: PreTrainedModel, inputs: dict[str, Tensor]) -> dict[int, float]:
-    """Mean seconds of a verification pass behind these prompts, for each of `NODES`.
+def verify_seconds(model: PreTrainedModel, inputs: dict[str, Tensor]) -> dict[int, tuple[float, bool]]:
+    """`mean_seconds` of a verification pass behind these prompts, for each of `NODES`.
 
     Raises: FloatingPointError where a pass gives logits that are not finite.
     """
@@ -47,13 +47,13 @@ def verify_seconds(model: PreTrainedModel, inputs: dict[str, Tensor]) -> dict[in
 
             if not bool(verify().isfinite().all()):
                 raise FloatingPointError(f"bench_engine: logits of a pass over {nodes} nodes are not finite")
-            found[nodes], _ = mean_seconds(verify, clock)
+            found[nodes] = mean_seconds(verify, clock)
     return found
 
 
 @torch.inference_mode()
-def adaptor_seconds(model: PreTrainedModel, draft: vispec.ViSpecDraft, rows: int) -> float:
-    """Mean seconds of the draft's adaptor over one picture of so many rows."""
+def adaptor_seconds(model: PreTrainedModel, draft: vispec.ViSpecDraft, rows: int) -> tuple[float, bool]:
+    """`mean_seconds` of the draft's adaptor over one picture of so many rows."""
     target = load_target(model)
     absorbed = draft.runtime(target).absorbed
     pictures = torch.randn(rows, target.hidden_size, device=target.device).to(absorbed.dtype)
@@ -67,4 +67,4 @@ def adaptor_seconds(model: PreTrainedModel, draft: vispec.ViSpecDraft, rows: int
 
     if not torch.equal(compress(), draft.imadpt.compress(pictures, [(0, rows)], absorbed)):
         raise RuntimeError("bench_engine: the adaptor must give what the draft's own compress gives")
-    return mean_seconds(compress, clock_of(target.device))[0]
+    return mean_seconds(compress, clock_of(target.device))

@@ -19,14 +19,13 @@ from benchmarks.engine.floors import (
     H100_DATA_SHEET,
     NODES,
     PHASES,
-    Machine,
     Setting,
     Work,
     adaptor_pass,
     round_phases,
     target_pass,
 )
-from benchmarks.engine.page import CONTEXT, DRAFT_CONTEXT
+from benchmarks.engine.page import CONTEXT, DRAFT_CONTEXT, is_typical
 from benchmarks.engine.targets import SHAPES
 
 LEVELS = PHASES[0]
@@ -40,29 +39,29 @@ def check_plotting() -> None:
         raise SystemExit("bench_engine: --plot needs the package matplotlib: pip install matplotlib")
 
 
-def points(machine: Machine = H100_DATA_SHEET, context: int = CONTEXT) -> dict[str, dict[str, dict[str, float]]]:
+def points() -> dict[str, dict[str, dict[str, float]]]:
     """For each target and pass: gigabytes, operations a byte, and the floor in milliseconds.
 
     A pass over n nodes is called "verify n"; one over a single node is a plain step.
     """
-    setting = Setting(context, DRAFT_CONTEXT)
+    setting = Setting(CONTEXT, DRAFT_CONTEXT)
     found = {}
     for name, shape in SHAPES.items():
         passes = {f"verify {nodes}": target_pass(shape, setting, nodes) for nodes in NODES}
         passes["plain step"] = passes["verify 1"]
         passes[LEVELS] = round_phases(shape, setting)[LEVELS]
         passes["adaptor"] = adaptor_pass(shape, shape.picture_rows)
-        found[name] = {kind: point(parts, machine) for kind, parts in passes.items()}
+        found[name] = {kind: point(parts) for kind, parts in passes.items()}
     return found
 
 
-def point(parts: Sequence[Work], machine: Machine) -> dict[str, float]:
+def point(parts: Sequence[Work]) -> dict[str, float]:
     """One pass, to four digits."""
     moved = sum(part.bytes_moved for part in parts)
     values = {
         "gigabytes": moved / 1e9,
         "operations_a_byte": sum(part.operations for part in parts) / moved,
-        "floor_ms": machine.seconds(parts) * 1e3,
+        "floor_ms": H100_DATA_SHEET.seconds(parts) * 1e3,
     }
     return {name: float(f"{value:.4g}") for name, value in values.items()}
 
@@ -86,22 +85,21 @@ def draw(path: Path, rows: Sequence[Mapping[str, Any]] = ()) -> None:
     from matplotlib.figure import Figure
 
     floors = points()
-    rows = [row for row in rows if row.get("context") == CONTEXT and row.get("batch") == 1 and not row.get("quantised")]
-    times = {row["target"]: measured(row) for row in rows}
+    times = {row["target"]: measured(row) for row in rows if is_typical(row)}
     # Text stays text, and equal numbers give an equal file.
     with rc_context({"svg.fonttype": "none", "svg.hashsalt": "roofline", "font.size": 9}):
         figure = Figure(figsize=(10, 4.2), layout="constrained")
         axes = figure.subplots(1, 2, sharey=True)
         for (name, passes), colour in zip(floors.items(), COLOURS, strict=True):
             for each, across in zip(axes, ("operations_a_byte", "gigabytes"), strict=True):
-                _passes(each, passes, times.get(name, {}), across, colour, name)
+                _passes(each, passes, times.get(name, {}), across, colour)
         _describe(*axes)
         axes[1].legend(*_legend(list(floors)), fontsize=8)
         about = {"Description": json.dumps(floors), "Date": None} if path.suffix == ".svg" else None
         figure.savefig(path, dpi=120, metadata=about)
 
 
-def _passes(axes: Any, passes: Mapping, times: Mapping[str, float], across: str, colour: str, name: str) -> None:
+def _passes(axes: Any, passes: Mapping, times: Mapping[str, float], across: str, colour: str) -> None:
     """One target's passes in one panel."""
     verify = [passes[f"verify {nodes}"] for nodes in NODES]
     line = [each[across] for each in verify], [each["floor_ms"] for each in verify]
@@ -134,9 +132,8 @@ def _legend(names: Sequence[str]) -> tuple[list[Any], list[str]]:
 
     marks = {f"verify, 1 to {NODES[-1]} nodes": "o", **MARKERS}
     lines = [Line2D([], [], color=colour) for _, colour in zip(names, COLOURS, strict=True)]
-    kinds = [
-        Line2D([], [], color="#444444", marker=mark, linestyle="", markerfacecolor="white") for mark in marks.values()
-    ]
+    look = {"color": "#444444", "linestyle": "", "markerfacecolor": "white"}
+    kinds = [Line2D([], [], marker=mark, **look) for mark in marks.values()]
     return lines + kinds, [*names, *marks]
 
 
