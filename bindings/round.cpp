@@ -111,33 +111,57 @@ int64_t accept_workspace_bytes(int64_t B, int64_t T, int64_t V, bool on_gpu) {
 }
 
 // `table` holds the addresses on the GPU; elsewhere they are taken from the tensors.
-void commit(py::list tensors, py::handle path_, py::handle counts, py::handle lengths, py::handle table,
-            uintptr_t stream) {
-  const TensorView first("tensors[0]", tensors[0]), path("path", path_);
+void commit(py::list tensors, py::handle path_, py::handle emitted, py::handle counts, py::handle starts_,
+            py::handle table, py::object rows, py::object gather, uintptr_t stream) {
+  const TensorView path("path", path_), starts("starts", starts_);
   std::vector<void*> addresses;
   Commit op{};
-  if (first.cuda()) {
-    op.tensors = static_cast<void* const*>(static_cast<void*>(TensorView("table", table).int64s()));
-  } else {
-    for (const py::handle& tensor : tensors)
-      addresses.push_back(reinterpret_cast<void*>(tensor.attr("data_ptr")().cast<uintptr_t>()));
-    op.tensors = addresses.data();
-  }
-  op.tensor_count = static_cast<int64_t>(tensors.size());
-  op.element_bytes = first.element_bytes();
-  op.batch_stride = first.stride(0);
-  op.head_stride = first.stride(1);
-  op.slot_stride = first.stride(2);
   op.path = path.int64s();
+  op.emitted = TensorView("emitted", emitted).int64s();
   op.counts = TensorView("counts", counts).int64s();
-  op.lengths = TensorView("lengths", lengths).int64s();
-  op.B = first.size(0);
-  op.G = first.size(1);
-  op.L = first.size(2);
-  op.head = first.size(3);
+  op.starts = starts.int64s();
+  op.starts_stride = starts.stride(0);
+  op.B = path.size(0);
   op.D = path.size(1);
+  if (!tensors.empty()) {
+    const TensorView first("tensors[0]", tensors[0]);
+    if (first.cuda()) {
+      op.tensors = static_cast<void* const*>(static_cast<void*>(TensorView("table", table).int64s()));
+    } else {
+      for (const py::handle& tensor : tensors)
+        addresses.push_back(reinterpret_cast<void*>(tensor.attr("data_ptr")().cast<uintptr_t>()));
+      op.tensors = addresses.data();
+    }
+    op.tensor_count = static_cast<int64_t>(tensors.size());
+    op.element_bytes = first.element_bytes();
+    op.batch_stride = first.stride(0);
+    op.head_stride = first.stride(1);
+    op.slot_stride = first.stride(2);
+    op.G = first.size(1);
+    op.L = first.size(2);
+    op.head = first.size(3);
+  }
+  if (!rows.is_none()) {
+    const py::tuple state = rows;
+    op.lengths = TensorView("lengths", state[0]).int64s();
+    op.positions = TensorView("positions", state[1]).int64s();
+    op.remaining = TensorView("remaining", state[2]).int64s();
+    op.roots = TensorView("roots", state[3]).int64s();
+  }
+  if (!gather.is_none()) {
+    const py::tuple parts = gather;
+    const TensorView features("features", parts[0]);
+    op.features = features.data();
+    op.features_batch_stride = features.stride(0);
+    op.features_row_stride = features.stride(1);
+    op.feature_bytes = features.element_bytes();
+    op.T = features.size(1);
+    op.C = features.size(2);
+    op.picked = TensorView("picked", parts[1]).data();
+    op.tokens = TensorView("tokens", parts[2]).int64s();
+  }
   op.stream = stream_of(stream);
-  run(VISPEC_DISPATCH(commit, first.cuda()), op);
+  run(VISPEC_DISPATCH(commit, path.cuda()), op);
 }
 
 }  // namespace
@@ -157,8 +181,8 @@ void bind_round(py::module_& module) {
              arg("end_tokens"), arg("remaining"), arg("finished"), arg("path"), arg("emitted"), arg("counts"),
              arg("status"), arg("log_probabilities"), arg("sampling"), arg("workspace"), arg("stream"));
   module.def("accept_workspace_bytes", accept_workspace_bytes, arg("B"), arg("T"), arg("V"), arg("on_gpu"));
-  module.def("commit", commit, arg("tensors"), arg("path"), arg("counts"), arg("lengths"), py::kw_only(),
-             arg("table"), arg("stream"));
+  module.def("commit", commit, arg("tensors"), arg("path"), arg("emitted"), arg("counts"), arg("starts"),
+             py::kw_only(), arg("table"), arg("rows"), arg("gather"), arg("stream"));
 }
 
 }  // namespace vispec::bindings

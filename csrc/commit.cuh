@@ -1,5 +1,6 @@
 // Kernel body of commit: all tensors in one launch, one thread a column of 16 bytes (or as much as is
-// aligned).
+// aligned). Behind the slices of the grid that move tensors there is one for each place of the path, which
+// gathers a feature; the first of them advances the row's state. No block reads what another one writes.
 #pragma once
 
 #include "ops.h"
@@ -43,30 +44,71 @@ VS_DEVICE void move_columns(const Commit& p, unsigned char* base, const int64_t*
   }
 }
 
-VS_KERNEL void VS_BOUNDS(kCommitThreads, 5) commit_columns(Commit p) {
-  const int64_t tensor = vs::block_index().y, b = vs::block_index().z;
-  const int64_t length = p.lengths[b];
-  int64_t count = p.counts[b];
-  if (count > p.D) count = p.D;
-  if (length < 0 || length >= p.L) return;  // stale values during a graph's warm-up
+// Calls f(word) with a word as wide as divides `together`: addresses, strides and sizes in bytes, or'ed.
+template <typename F>
+VS_DEVICE void with_widest_word(uintptr_t together, F&& f) {
+  if (together % 16 == 0) return f(vs::Word16{});
+  if (together % 8 == 0) return f(vs::Word8{});
+  if (together % 4 == 0) return f(uint32_t{});
+  if (together % 2 == 0) return f(uint16_t{});
+  f(uint8_t{});
+}
+
+VS_DEVICE void move_tensor(const Commit& p, int64_t tensor, int64_t b, int64_t count) {
+  const int64_t start = p.starts[b * p.starts_stride];
+  if (start < 0 || start >= p.L) return;  // stale values during a graph's warm-up
   unsigned char* base = static_cast<unsigned char*>(p.tensors[tensor]) +
-                        (b * p.batch_stride + length * p.slot_stride) * p.element_bytes;
-  const int64_t* path = p.path + b * p.D;
-  const int64_t room = p.L - length;
+                        (b * p.batch_stride + start * p.slot_stride) * p.element_bytes;
   const uintptr_t together = reinterpret_cast<uintptr_t>(base) |
                              static_cast<uintptr_t>(p.head_stride * p.element_bytes) |
                              static_cast<uintptr_t>(p.slot_stride * p.element_bytes) |
                              static_cast<uintptr_t>(p.head * p.element_bytes);
-  if (together % 16 == 0) {
-    move_columns<vs::Word16>(p, base, path, count, room);
-  } else if (together % 8 == 0) {
-    move_columns<vs::Word8>(p, base, path, count, room);
-  } else if (together % 4 == 0) {
-    move_columns<uint32_t>(p, base, path, count, room);
-  } else if (together % 2 == 0) {
-    move_columns<uint16_t>(p, base, path, count, room);
-  } else {
-    move_columns<uint8_t>(p, base, path, count, room);
+  with_widest_word(together, [&](auto word) {
+    move_columns<decltype(word)>(p, base, p.path + b * p.D, count, p.L - start);
+  });
+}
+
+// One place of the path: the feature of its node and the token behind it, zeros where there is none.
+VS_DEVICE void gather_place(const Commit& p, int64_t b, int64_t place, bool there) {
+  const int64_t out = b * p.D + place, bytes = p.C * p.feature_bytes;
+  const int64_t node = there ? p.path[out] : -1;
+  const bool known = node >= 0 && node < p.T;
+  const unsigned char* from =
+      static_cast<const unsigned char*>(p.features) +
+      (b * p.features_batch_stride + (known ? node : 0) * p.features_row_stride) * p.feature_bytes;
+  unsigned char* to = static_cast<unsigned char*>(p.picked) + out * bytes;
+  const uintptr_t together =
+      reinterpret_cast<uintptr_t>(from) | reinterpret_cast<uintptr_t>(to) | static_cast<uintptr_t>(bytes);
+  with_widest_word(together, [&](auto word) {
+    using Word = decltype(word);
+    const int64_t width = sizeof(Word), threads = int64_t{vs::grid_size().x} * kCommitThreads;
+    for (int64_t i = int64_t{vs::block_index().x} * kCommitThreads + vs::thread_index(); i < bytes / width;
+         i += threads) {
+      vs::store<Word>(to + i * width, known ? vs::load<Word>(from + i * width) : word);
+    }
+  });
+  if (vs::block_index().x == 0 && vs::thread_index() == 0) p.tokens[out] = there ? p.emitted[out] : 0;
+}
+
+VS_DEVICE void advance_row(const Commit& p, int64_t b, int64_t count) {
+  p.lengths[b] += count;
+  p.positions[b] += count;
+  p.remaining[b] -= count;
+  if (count > 0) p.roots[b] = p.emitted[b * p.D + count - 1];
+}
+
+VS_KERNEL void VS_BOUNDS(kCommitThreads, 5) commit_columns(Commit p) {
+  const int64_t slice = vs::block_index().y, b = vs::block_index().z;
+  int64_t count = p.counts[b];
+  count = count < 0 ? 0 : count > p.D ? p.D : count;
+  if (slice < p.tensor_count) {
+    move_tensor(p, slice, b, count);
+    return;
+  }
+  const int64_t place = slice - p.tensor_count;
+  if (p.features != nullptr) gather_place(p, b, place, place < count);
+  if (p.lengths != nullptr && place == 0 && vs::block_index().x == 0 && vs::thread_index() == 0) {
+    advance_row(p, b, count);
   }
 }
 

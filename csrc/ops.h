@@ -84,16 +84,28 @@ struct Accept {
   void* stream;
 };
 
-// The accepted rows of every layer's keys and values moved in place: slot lengths + path[j] to lengths + j.
+// What a round leaves, in one launch: the accepted rows of every layer's keys and values moved in place (slot
+// starts + path[j] to starts + j), each row's state advanced, and for the draft the accepted nodes' features
+// gathered, with the token behind each.
 struct Commit {
-  void* const* tensors;  // [count] base pointers, each [B, G, L, head] with the strides below
-  int64_t tensor_count;
+  void* const* tensors;  // [tensor_count] base pointers, each [B, G, L, head] with the strides below
+  int64_t tensor_count;  // 0: nothing moves
   int64_t element_bytes;
   int64_t batch_stride, head_stride, slot_stride;  // elements
   const int64_t* path;                             // [B, D]
+  const int64_t* emitted;                          // [B, D]
   const int64_t* counts;                           // [B]
-  const int64_t* lengths;                          // [B] committed before this round
-  int64_t B, G, L, head, D;
+  const int64_t* starts;  // [B] the slot of node 0; not `lengths`, which a late block would find advanced
+  int64_t starts_stride;  // elements
+  int64_t* lengths;       // [B] += counts; null: no state
+  int64_t* positions;     // [B] += counts
+  int64_t* remaining;     // [B] -= counts
+  int64_t* roots;         // [B] the last token emitted, left alone where counts is 0
+  const void* features;   // [B, T, C]; null: nothing is gathered
+  int64_t features_batch_stride, features_row_stride, feature_bytes;  // elements, elements, of one element
+  void* picked;                                                       // [B, D, C] zeros beyond counts
+  int64_t* tokens;                                                    // [B, D] 0 beyond counts
+  int64_t B, G, L, head, D, T, C;
   void* stream;
 };
 

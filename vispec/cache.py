@@ -37,6 +37,7 @@ class KeyValueCache:
         self._first = 0
         self._used = 0
         self._slots: Tensor | None = None
+        self._starts: Tensor | None = None
         self._movable: list[tuple[list[Tensor], Tensor | None]] | None = None
 
     @classmethod
@@ -83,6 +84,7 @@ class KeyValueCache:
         Returns their slots, [B, T] int64.
         """
         slots = self.lengths[:, None] + torch.arange(offset, offset + tokens, device=self.lengths.device)
+        self._starts = slots[:, 0]
         if self.host_lengths is None:
             self._first, self._used, self._slots = 0, self.capacity, slots
             return slots
@@ -128,16 +130,36 @@ class KeyValueCache:
             self._grow(capacity)
         self.host_lengths = None
 
-    def commit(self, path: Tensor, counts: Tensor, host_counts: list[int] | None) -> None:
-        """Moves the accepted nodes [B, D] of the last pass to the end of each row, then advances."""
-        if path.shape[1] > 1:
-            for stores, table in self._groups():
-                ops.commit(stores, path, counts, self.lengths, table=table)
-        self.advance(counts, host_counts)
+    def commit(
+        self,
+        path: Tensor,
+        emitted: Tensor,
+        counts: Tensor,
+        host_counts: list[int] | None,
+        *,
+        positions: Tensor,
+        remaining: Tensor,
+        roots: Tensor,
+        gather: ops.Gather | None = None,
+    ) -> None:
+        """Moves the accepted nodes [B, D] of the last pass to the end of each row, and advances all that a round does.
+
+        See `ops.commit`; `host_counts` as in `host_lengths`.
+        """
+        rows = ops.RowState(self.lengths, positions, remaining, roots)
+        # A path of the root alone lies in its place.
+        groups = self._groups() if path.shape[1] > 1 else [([], None)]
+        for stores, table in groups:
+            ops.commit(stores, path, emitted, counts, self._starts, table=table, rows=rows, gather=gather)
+            rows = gather = None
+        self._advance_host(host_counts)
 
     def advance(self, counts: Tensor, host_counts: list[int] | None) -> None:
         """Makes the first `counts` [B] int64 slots behind each row permanent; `host_counts` as in `host_lengths`."""
         self.lengths += counts
+        self._advance_host(host_counts)
+
+    def _advance_host(self, host_counts: list[int] | None) -> None:
         if self.host_lengths is not None:
             self.host_lengths = [length + count for length, count in zip(self.host_lengths, host_counts, strict=True)]
 

@@ -127,15 +127,30 @@ void commit() {
   Buffer<void*> tensors(count);
   tensors[0] = first.get(), tensors[1] = second.get();
   for (size_t i = 0; i < first.size(); ++i) first[i] = second[i] = static_cast<uint16_t>(i / head % L);
-  Buffer<int64_t> path(B * D, -1), counts(B, 9), lengths(B, 2);
+  constexpr int64_t T = 10, C = 3000;
+  Buffer<int64_t> path(B * D, -1), emitted(B * D, 5), counts(B, 9), starts(B, 2);
+  Buffer<int64_t> lengths(B, 2), positions(B, 4), remaining(B, 20), roots(B), tokens(B * D, -1);
+  Buffer<float> features(B * T * C, 3.0f), picked(B * D * C, -1.0f);
   for (size_t j = 0; j < 9; ++j) path[j] = path[D + j] = static_cast<int64_t>(j + 1);
   vispec::Commit p{};
   p.tensors = tensors.get();
   p.tensor_count = count, p.element_bytes = 2;
   p.batch_stride = G * L * head, p.head_stride = L * head, p.slot_stride = head;
-  p.path = path.get(), p.counts = counts.get(), p.lengths = lengths.get();
-  p.B = B, p.G = G, p.L = L, p.head = head, p.D = D;
+  p.path = path.get(), p.emitted = emitted.get(), p.counts = counts.get();
+  p.starts = starts.get(), p.starts_stride = 1;
+  p.lengths = lengths.get(), p.positions = positions.get();
+  p.remaining = remaining.get(), p.roots = roots.get();
+  p.features = features.get(), p.picked = picked.get(), p.tokens = tokens.get();
+  p.features_batch_stride = T * C, p.features_row_stride = C, p.feature_bytes = 4;
+  p.B = B, p.G = G, p.L = L, p.head = head, p.D = D, p.T = T, p.C = C;
   vispec::cuda::commit(p);
+  for (size_t b = 0; b < B; ++b)
+    EXPECT(lengths[b] == 11 && positions[b] == 13 && remaining[b] == 11 && roots[b] == 5,
+           static_cast<long long>(b));
+  for (size_t i = 0; i < picked.size(); ++i) {
+    const bool there = i / C % D < 9;
+    EXPECT(picked[i] == (there ? 3.0f : 0.0f) && tokens[i / C] == (there ? 5 : 0), static_cast<long long>(i));
+  }
   for (size_t i = 0; i < first.size(); ++i) {
     const size_t slot = i / head % L;
     EXPECT(second[i] == (slot >= 2 && slot < 11 ? slot + 1 : slot), static_cast<long long>(i));

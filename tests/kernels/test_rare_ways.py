@@ -195,9 +195,9 @@ def test_paths_longer_than_a_batch(kernels, oracle, count, head):
     steps = torch.randint(1, 3, (2, count), generator=generator)
     path = torch.full((2, count + 2), -1)
     path[:, :count] = steps.cumsum(dim=1) - steps[:, :1]
-    counts, lengths = torch.tensor([count, count - 2]), torch.tensor([0, 40 - int(path.max()) - 1])
+    counts, starts = torch.tensor([count, count - 2]), torch.tensor([0, 40 - int(path.max()) - 1])
     tensors = [cache, cache + 1]
-    got, want = (side.run(commit, tensors, path, counts, lengths) for side in (kernels, oracle))
+    got, want = (side.run(commit, tensors, path, path, counts, starts) for side in (kernels, oracle))
     for ours, theirs in zip(got["positional"][0], want["positional"][0], strict=True):
         assert torch.equal(ours, theirs)
 

@@ -94,7 +94,9 @@ def test_the_schema_says_what_is_written(name, monkeypatch):
         ((tensors, named),) = calls
         operator = getattr(torch.ops.vispec, name).default
         # Named tuples cross as lists, empty for None.
-        for tuple_name in {"sampling", "tail"} & {argument.name for argument in operator._schema.arguments}:
+        for tuple_name in {"sampling", "tail", "rows", "gather"} & {
+            argument.name for argument in operator._schema.arguments
+        }:
             if len(tensors) <= [argument.name for argument in operator._schema.arguments].index(tuple_name):
                 named[tuple_name] = list(named.get(tuple_name) or ())
         torch.library.opcheck(operator, tensors, named, test_utils=("test_schema", "test_faketensor"))
@@ -103,4 +105,5 @@ def test_the_schema_says_what_is_written(name, monkeypatch):
 def test_a_wrong_argument_is_still_refused_by_name():
     compiled = torch.compile(ops.commit, fullgraph=True, backend="eager")
     with pytest.raises(ValueError, match="commit: counts must be int64"):
-        compiled([torch.zeros(1, 1, 4, 8)], torch.zeros(1, 2, dtype=torch.int64), torch.zeros(1), torch.zeros(1))
+        path = torch.zeros(1, 2, dtype=torch.int64)
+        compiled([torch.zeros(1, 1, 4, 8)], path, path, torch.zeros(1), torch.zeros(1))

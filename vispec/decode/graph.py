@@ -10,7 +10,7 @@ from contextlib import nullcontext
 import torch
 from torch import Tensor
 
-from vispec.decode.round import Engine, RoundEvent, committed
+from vispec.decode.round import Engine, RoundEvent
 from vispec.drafts.base import FixedSession, Plan
 from vispec.tree import DraftTree
 
@@ -70,10 +70,10 @@ class LateEngine:
             else:
                 tree = session.propose(engine.roots, self._plan)
         accepted, features = engine.judge(tree)
-        engine.advance(accepted, None)
+        learned = engine.advance(accepted, None if session is None else features, None)
         if session is not None:
             with engine.stats.timed("draft"):
-                session.commit(*committed(accepted, features, None))
+                session.commit(*learned)
         return accepted.packed()
 
     def _make_room(self) -> None:

@@ -196,10 +196,11 @@ class Engine:
             if heard.counts != [values[2] for values in rows]:
                 # A stopping criterion cut what the op emitted.
                 accepted.counts = torch.tensor(heard.counts, dtype=torch.int64, device=self.roots.device)
-        self.advance(accepted, heard.counts)
+        learns = speculation is not None and not self.transcript.done and any(heard.counts)
+        learned = self.advance(accepted, features if learns else None, heard.counts)
+        if learned is not None:
+            speculation.missed(learned)
         if speculation is not None:
-            if not self.transcript.done and any(heard.counts):
-                speculation.missed(committed(accepted, features, heard.counts))
             draft_seconds = stats.draft_seconds - spent[0]
             target_seconds = stats.verify_seconds + stats.accept_seconds - spent[1]
             if plan is None:
@@ -219,15 +220,31 @@ class Engine:
         with self.stats.timed("accept"):
             return self._accept(logits, tree, self.cache.lengths), features
 
-    def advance(self, accepted: Accepted, host_counts: list[int] | None) -> None:
-        """Commits a round's tokens, in place; `host_counts` where the host knows them."""
-        counts = accepted.counts
+    def advance(self, accepted: Accepted, features: Tensor | None, host_counts: list[int] | None) -> Committed | None:
+        """Commits a round's tokens, in place; `host_counts` where the host knows them.
+
+        Returns what the draft learns of it, where all nodes' features [B, T, C] are given.
+        """
+        path, emitted, counts = accepted.path, accepted.emitted, accepted.counts
         with self.stats.timed("accept"):
-            self.cache.commit(accepted.path, counts, host_counts)
-            self.positions += counts
-            last = accepted.emitted.gather(1, (counts - 1).clamp(min=0)[:, None])[:, 0]
-            self.roots.copy_(torch.where(counts > 0, last, self.roots))
-            self.transcript.remaining -= counts
+            gather = None
+            if features is not None:
+                picked = features.new_empty(*path.shape, features.shape[2])
+                gather = ops.Gather(features, picked, torch.empty_like(emitted))
+            self.cache.commit(
+                path,
+                emitted,
+                counts,
+                host_counts,
+                positions=self.positions,
+                remaining=self.transcript.remaining,
+                roots=self.roots,
+                gather=gather,
+            )
+        if gather is None:
+            return None
+        width = path.shape[1] if host_counts is None else max(host_counts)
+        return Committed(gather.picked[:, :width], gather.tokens[:, :width], counts, host_counts)
 
     def read(self, rows: list[list[int]], nodes: int) -> Heard:
         """Notes the `packed` rows of a round whose trees had so many nodes."""
@@ -295,11 +312,3 @@ class Engine:
             # What ended such a row lay behind the cut.
             transcript.finished.copy_(torch.where(undecided, before, transcript.finished))
         return Accepted(path, emitted, counts, status, undecided)
-
-
-def committed(accepted: Accepted, features: Tensor, host_counts: list[int] | None) -> Committed:
-    """The features [B, M, C] of the accepted nodes and the token behind each; M is the longest path that may be."""
-    width = accepted.path.shape[1] if host_counts is None else max(host_counts)
-    nodes = accepted.path[:, :width].clamp(min=0)
-    picked = features.gather(1, nodes[:, :, None].expand(-1, -1, features.shape[-1]))
-    return Committed(picked, accepted.emitted[:, :width].clamp(min=0), accepted.counts, host_counts)

@@ -6,7 +6,7 @@ from vispec.ops.accept import Sampling, accept, accept_reference
 from vispec.ops.adaptor import adaptor, adaptor_reference, attend
 from vispec.ops.backend import use_backend
 from vispec.ops.build_tree import build_tree, build_tree_reference
-from vispec.ops.commit import commit, commit_reference, pointer_table
+from vispec.ops.commit import Gather, RowState, commit, commit_reference, pointer_table
 from vispec.ops.grow_level import grow_level, grow_level_reference
 from vispec.ops.rms_norm import rms_norm, rms_norm_reference
 from vispec.ops.rope_append import Tail, rope_append, rope_append_reference
@@ -15,6 +15,8 @@ from vispec.ops.tree_attention import HEADS, serves_tree_attention, tree_attenti
 
 __all__ = [
     "HEADS",
+    "Gather",
+    "RowState",
     "Sampling",
     "Tail",
     "accept",

@@ -88,7 +88,7 @@ register(
 )
 register(build_tree, writes=("tokens", "parents", "depths", "ancestors", "scores"))
 register(accept, writes=("finished", "path", "emitted", "counts", "status", "log_probabilities"))
-register(commit, writes=("tensors",))
+register(commit, writes=("tensors", "rows", "gather"))
 register(adaptor, writes=("output",))
 register(tree_attention, writes=("keys", "values", "output"))
 register(rope_append, writes=("keys", "values", "output"))
