@@ -3,6 +3,7 @@
 
 #include "accept.cuh"
 #include "accept_filter.cuh"
+#include "accept_list.cuh"
 #include "accept_log_probabilities.cuh"
 
 namespace vispec::cuda {
@@ -18,6 +19,11 @@ void run(const Accept& p) {
   vs::launch("accept", kernels::accept_scan<T>, {chunks, nodes, B}, kernels::kScanThreads, scan_bytes,
              p.stream, p, work);
   if (p.do_sample != 0) {
+    const size_t list_bytes = vs::shared_bytes<uint32_t>(chunks * kernels::kScanWarps) +
+                              words(kernels::kShortList) + scan_bytes + words(1) +
+                              vs::shared_bytes<uint32_t>(3);
+    vs::launch("accept", kernels::accept_list<T>, {chunks, nodes, B}, kernels::kScanThreads, list_bytes,
+               p.stream, p, work);
     vs::launch("accept", kernels::accept_filter<T>, {nodes, B, 1}, kernels::kFilterThreads,
                kernels::accept_filter_shared_bytes(), p.stream, p, work, chunks);
     vs::launch("accept", kernels::accept_weigh<T>, {chunks, nodes, B}, kernels::kScanThreads,
@@ -38,7 +44,7 @@ void run(const Accept& p) {
 }  // namespace
 
 int64_t accept_workspace_bytes(int64_t B, int64_t T, int64_t V) {
-  return static_cast<int64_t>(sizeof(uint64_t)) * B * T * (2 * kernels::accept_chunks(V) + 2);
+  return static_cast<int64_t>(sizeof(uint64_t)) * kernels::accept_workspace_words(B, T, V);
 }
 
 void accept(const Accept& p) {

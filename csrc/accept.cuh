@@ -1,10 +1,10 @@
 // Kernel bodies of accept: all T rows are examined in parallel, a short walk then follows the tree.
 //
 //   scan     (chunks, T, B)  best rank key of each chunk; a NaN or +inf shows in it
-//   filter   (T, B)          sampling: the rank key at which top-k and top-p cut; nothing to do without them
-//   weigh    (chunks, T, B)  sampling: the sum of the kept weights of each chunk
-//   choose   (T, B)          sampling: the draw, chunk first, then the token inside it
-//   walk     (B)             down the tree
+//   list     (chunks, T, B)  sampling: the likely tokens of a row with top-k or top-p
+//   filter   (T, B)          sampling: the filter key at which top-k and top-p cut; nothing to do without
+//   them weigh    (chunks, T, B)  sampling: the sum of the kept weights of each chunk choose   (T, B)
+//   sampling: the draw, chunk first, then the token inside it walk     (B)             down the tree
 //
 // Weights are the integers of sampling.h, so sums need no order and every backend draws the same token. No
 // weight is stored: taking it again costs less than 8 V bytes of traffic a row.
@@ -19,6 +19,8 @@ namespace vispec::kernels {
 constexpr uint32_t kAcceptChunk =
     4096;  // 38 chunks for V = 152k: 1140 blocks for T = 30, one wave on 132 SMs
 constexpr uint32_t kScanThreads = 256;
+constexpr uint32_t kScanWarps = kScanThreads / vs::kWarpSize;
+constexpr uint32_t kShortList = 512;  // tokens of a row that are listed, one for each thread of the filter
 constexpr uint32_t kChooseThreads = 256;
 constexpr uint32_t kWalkThreads = 256;
 
@@ -31,6 +33,9 @@ struct AcceptWorkspace {
   uint64_t* sums;    // of kept weights
   uint64_t* cuts;    // filter key of the first token kept
   int64_t* choices;  // token, or -1 where the row is unusable
+  uint64_t* listed;  // tokens that belong on the list, which may be more than fit
+  uint64_t* list;    // [B, T, kShortList] filter keys, in no order
+  uint32_t* groups;  // [B, T, chunks, kScanWarps] order key of each warp's best logit, 0 without any
 };
 
 inline int64_t accept_chunks(int64_t V) { return (V + kAcceptChunk - 1) / kAcceptChunk; }
@@ -38,8 +43,18 @@ inline int64_t accept_chunks(int64_t V) { return (V + kAcceptChunk - 1) / kAccep
 inline AcceptWorkspace accept_workspace(const Accept& p) {
   const int64_t rows = p.B * p.T, partials = rows * accept_chunks(p.V);
   uint64_t* start = static_cast<uint64_t*>(p.workspace);
-  return {start, start + partials, start + 2 * partials,
-          reinterpret_cast<int64_t*>(start + 2 * partials + rows)};
+  uint64_t* after = start + 2 * partials;
+  return {start,
+          start + partials,
+          after,
+          reinterpret_cast<int64_t*>(after + rows),
+          after + 2 * rows,
+          after + 3 * rows,
+          reinterpret_cast<uint32_t*>(after + (3 + kShortList) * rows)};
+}
+
+inline int64_t accept_workspace_words(int64_t B, int64_t T, int64_t V) {
+  return B * T * (accept_chunks(V) * (2 + kScanWarps / 2) + 3 + kShortList);
 }
 
 template <typename T>
@@ -82,17 +97,44 @@ VS_KERNEL void VS_BOUNDS(kScanThreads, 6) accept_scan(Accept p, AcceptWorkspace 
     const uint64_t rank = rank_key(order_key(vs::is_nan(x) ? vs::infinity() : x), column);
     seen = rank > seen ? rank : seen;
   });
+  const int64_t place = (b * p.T + t) * vs::grid_size().x + chunk;
+  if (p.do_sample != 0) {
+    const uint64_t group = vs::warp_max(seen);
+    if (vs::lane_index() == 0) {
+      work.groups[place * kScanWarps + vs::warp_index()] = static_cast<uint32_t>(group >> 32);
+    }
+  }
   seen = block_max(seen, scratch);
-  if (vs::thread_index() == 0) work.best[(b * p.T + t) * vs::grid_size().x + chunk] = seen;
+  if (vs::thread_index() == 0) {
+    work.best[place] = seen;
+    if (chunk == 0 && p.do_sample != 0) work.listed[b * p.T + t] = 0;
+  }
+}
+
+// Which cuts a row asks for.
+struct Cuts {
+  bool by_count, by_mass;
+};
+VS_DEVICE Cuts row_cuts(const Accept& p, int64_t b) {
+  return {p.top_k[b] > 0 && p.top_k[b] < p.V, p.top_p[b] < 1.0f};
+}
+
+// A little below `logit`: lower logits have lower scores than `score`, and need no division to show it. -inf
+// where that cannot be told.
+VS_DEVICE float logit_below(float logit, float score, float temperature) {
+  const float lower = logit - ((logit < 0.0f ? -logit : logit) * 0x1p-20f + 0x1p-60f);
+  return vs::divide(lower, temperature) < score ? lower : -vs::infinity();
 }
 
 // What a token adds to the draw: 0 below the cut or below min-p.
 struct Keep {
   float temperature, best;
+  float lowest;  // logits below it are cut
   double least;  // min-p as a weight
   uint64_t cut;
 };
 VS_DEVICE uint64_t kept_weight(float logit, uint32_t column, const Keep& keep) {
+  if (logit < keep.lowest) return 0;
   const float score = vs::divide(logit, keep.temperature);
   const uint64_t weight = static_cast<uint64_t>(token_weight(score - keep.best));
   const bool kept =
@@ -101,7 +143,9 @@ VS_DEVICE uint64_t kept_weight(float logit, uint32_t column, const Keep& keep) {
 }
 
 VS_DEVICE Keep row_keep(const Accept& p, int64_t b, float best, uint64_t cut) {
-  return {p.temperature[b], best, static_cast<double>(p.min_p[b]) * (uint64_t{1} << kWeightBits), cut};
+  const float temperature = p.temperature[b], score = key_value(static_cast<uint32_t>(cut >> 32));
+  return {temperature, best, logit_below(score * temperature, score, temperature),
+          static_cast<double>(p.min_p[b]) * (uint64_t{1} << kWeightBits), cut};
 }
 
 template <typename T>

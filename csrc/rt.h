@@ -508,6 +508,15 @@ VS_DEVICE T atomic_cas(T* p, T expected, T desired) {
 }
 #endif
 
+// Adds 64 bits in shared memory, where the device has native additions of 32 bits alone and would spin on
+// compare-and-swap. Both halves are right once a barrier has passed.
+VS_DEVICE void shared_add(uint64_t* p, uint64_t x) {
+  uint32_t* halves = reinterpret_cast<uint32_t*>(p);  // low first on every machine that we run on
+  const uint32_t low = static_cast<uint32_t>(x), before = atomic_add(halves, low);
+  const uint32_t high = static_cast<uint32_t>(x >> 32) + (before + low < before ? 1u : 0u);
+  if (high != 0) atomic_add(halves + 1, high);
+}
+
 // Last-arriver merges. One thread of a block calls this after a sync_block; of `total` calls on one counter
 // the last returns true, sees all that the other callers' blocks wrote before, and finds the counter back at
 // zero.

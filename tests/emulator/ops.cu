@@ -254,7 +254,9 @@ int main() {
   accept(DType::f16, 0, 60, true, 0, 1.0f);
   accept(DType::bf16, 1, 500, true, 20, 0.8f);
   accept(DType::f32, 0, 4200, true, 5, 1.0f);
-  accept(DType::f32, 2, 2500, true, 0, 0.5f);  // one bin, more than the list holds
+  accept(DType::f32, 0, 900, true, 0, 0.1f);     // listed, for its mass
+  accept(DType::bf16, 1, 2500, true, 20, 0.8f);  // not listed: more wanted than warps
+  accept(DType::f32, 2, 2500, true, 0, 0.5f);    // nor this: one bin, more than any list holds
   std::printf("%d failures\n", test::failures);
   return test::failures == 0 ? 0 : 1;
 }

@@ -133,6 +133,26 @@ void test_atomics() {
   EXPECT(out[3] != 0 && out[3] == out[4], 0);
 }
 
+VS_KERNEL void shared_sums(uint64_t* out) {
+  vs::Shared shared;
+  uint64_t* sums = shared.array<uint64_t>(3);
+  const unsigned t = vs::thread_index();
+  if (t < 3) sums[t] = t;
+  vs::sync_block();
+  vs::shared_add(&sums[t % 2], uint64_t{0xC0000001u} * (t + 1));  // carries out of the lower half
+  vs::shared_add(&sums[2], uint64_t{1} << 61);                    // and out of the upper one
+  vs::sync_block();
+  if (t < 3) out[t] = sums[t];
+}
+
+void test_shared_sums() {
+  Buffer<uint64_t> out(3);
+  run(shared_sums, {1, 1, 1}, 128, vs::shared_bytes<uint64_t>(3), out.get());
+  EXPECT(out[0] == uint64_t{0xC0000001u} * 4096, 0);
+  EXPECT(out[1] == uint64_t{0xC0000001u} * 4160 + 1, 1);
+  EXPECT(out[2] == 2, 2);
+}
+
 VS_KERNEL void arrivals(uint32_t* counter, int* parts, int* sum) {
   vs::Shared shared;
   int* last = shared.array<int>(1);
@@ -392,6 +412,7 @@ int main() {
   test_atomics<int32_t>();
   test_atomics<uint32_t>();
   test_atomics<uint64_t>();
+  test_shared_sums();
   test_arrivals();
   test_vectors();
   test_conversions();

@@ -11,6 +11,8 @@ from vispec.ops.accept import Sampling
 
 CHUNK = 4096  # columns of a block of accept
 LIST = 2048  # tokens of one bin that accept_filter keeps in shared memory
+SHORT_LIST = 512  # likely tokens of a row that accept_list finds room for
+GROUPS = 8  # warps of a block of accept, each of which leaves its best
 GROW_CHUNK = 8192  # columns of a block of grow_level
 
 
@@ -73,6 +75,107 @@ def test_a_bin_longer_than_the_list(kernels, oracle, V, settings):
     generator = torch.Generator().manual_seed(V)
     near = torch.rand(16, 1, V, generator=generator) / 40
     for logits in (torch.ones(16, 1, V), near):
+        same(drawn(kernels, logits, **settings), drawn(oracle, logits, **settings))
+
+
+def same_draws(kernels, oracle, row: torch.Tensor, **settings: float) -> None:
+    """24 draws from one row [V]: a token too many or too few moves nearly all of them."""
+    logits = row.expand(24, 1, -1)
+    same(drawn(kernels, logits, **settings), drawn(oracle, logits, **settings))
+
+
+def scattered(V: int, values: torch.Tensor, fill: float, seed: int = 0) -> torch.Tensor:
+    """A row [V] of `fill` with `values` at random columns."""
+    columns = torch.randperm(V, generator=torch.Generator().manual_seed(seed))[: len(values)]
+    return torch.full((V,), fill).index_put((columns,), values.float())
+
+
+@pytest.mark.sanitize
+@pytest.mark.parametrize("V", [SHORT_LIST - 1, SHORT_LIST, SHORT_LIST + 1, 2 * CHUNK + 9])
+@pytest.mark.parametrize("count", [SHORT_LIST - 1, SHORT_LIST, SHORT_LIST + 1])
+@pytest.mark.parametrize("settings", [{"top_k": 5}, {"top_k": 15, "top_p": 0.6}, {"top_p": 0.4}, {"top_p": 0.0}])
+def test_as_many_tied_tokens_as_fit(kernels, oracle, V, count, settings):
+    """All those tied with the k-th stay; one more than the list holds, and the row is read instead."""
+    row = scattered(V, torch.full((min(count, V),), 2.0), -3.0)
+    same_draws(kernels, oracle, row, **settings)
+
+
+@pytest.mark.parametrize("k", [2 * GROUPS - 1, 2 * GROUPS, 2 * GROUPS + 1])
+@pytest.mark.parametrize("lay", ["spread", "together", "few"])
+def test_as_many_wanted_as_warps(kernels, oracle, k, lay):
+    """The likely tokens in all warps' columns, all in those of one, or fewer than are wanted."""
+    V, values = 2 * CHUNK, torch.arange(60) / 7
+    row = scattered(V, values, -torch.inf if lay == "few" else -9.0, seed=k)
+    if lay == "together":
+        row = row.sort().values.roll(100)
+    if lay == "few":
+        row = scattered(V, values[: k - 1], -torch.inf)
+    for settings in ({"top_k": k}, {"top_k": k, "top_p": 0.7}, {"top_k": k, "min_p": 0.1}):
+        same_draws(kernels, oracle, row, **settings)
+
+
+def tying_temperature(value: float) -> float:
+    """A temperature at which `value` and the float32 below it have one score."""
+    temperatures = torch.linspace(1.5, 2.5, 1000)
+    pair = torch.tensor([value, value]).nextafter(torch.tensor([torch.inf, -torch.inf]))
+    pair[0] = value
+    tied = pair[0] / temperatures == pair[1] / temperatures
+    return float(temperatures[tied][0])
+
+
+@pytest.mark.parametrize("value", [15.875, -15.875, 1.984375, -0.9921875])
+@pytest.mark.parametrize("settings", [{"top_k": 16}, {"top_k": 16, "top_p": 0.8}])
+def test_other_logits_with_the_score_of_the_kth(kernels, oracle, value, settings):
+    """Division by the temperature rounds: lower logits tie with the k-th, and stay."""
+    lower = torch.tensor(value).nextafter(torch.tensor(-torch.inf))
+    row = scattered(2 * CHUNK, torch.cat([torch.full((300,), value), lower.expand(150)]), value - 30, seed=1)
+    same_draws(kernels, oracle, row, temperature=tying_temperature(value), **settings)
+    best = torch.full((2 * CHUNK,), value - 30)
+    best[256 * torch.arange(16)] = value  # one for every warp: the k-th is the limit itself
+    best[torch.arange(100) * 7 + 3] = lower
+    same_draws(kernels, oracle, best, temperature=tying_temperature(value), **settings)
+
+
+@pytest.mark.parametrize("value", [15.875, -15.875])
+@pytest.mark.parametrize("top_p", [0.3, 0.45, 0.5, 0.55, 0.7])
+def test_logits_around_the_limit_of_the_list(kernels, oracle, value, top_p):
+    """Scores that tie across the logit below which nothing is looked at, in any order of their columns."""
+    generator = torch.Generator().manual_seed(5)
+    row = torch.full((2 * CHUNK,), value - 40)
+    row[256 * torch.arange(32)] = value
+    steps = torch.randint(-6, 7, (400,), generator=generator)
+    bits = torch.tensor(value - abs(value) * 2**-20).view(torch.int32) + steps.int()
+    columns = torch.randperm(2 * CHUNK, generator=generator)
+    columns = columns[columns % 256 != 0][:400]
+    row[columns] = bits.view(torch.float32)
+    same_draws(kernels, oracle, row, temperature=tying_temperature(value), top_p=top_p)
+
+
+@pytest.mark.parametrize("top_p", [0.001, 0.02, 0.1, 0.2, 0.3, 0.4, 0.5, 0.7, 0.9, 0.99, 0.999999])
+@pytest.mark.parametrize("spread", [1.0, 3.0])
+def test_the_mass_is_cut_inside_the_list_and_below_it(kernels, oracle, spread, top_p):
+    row = torch.randn(3 * CHUNK + 5, generator=torch.Generator().manual_seed(9)) * spread
+    same_draws(kernels, oracle, row, top_p=top_p)
+    same_draws(kernels, oracle, row.bfloat16(), top_p=top_p, top_k=24)
+    same_draws(kernels, oracle, row.half(), top_p=top_p, temperature=0.6, min_p=0.001)
+
+
+@pytest.mark.parametrize("temperature", [1e-3, 1e20, 1e38])
+@pytest.mark.parametrize("scale", [1e-30, 1.0, 1e30])
+def test_scores_at_the_ends_of_float32(kernels, oracle, temperature, scale):
+    """Where no logit shows to be below a score, the row is read; where all scores are one, all are kept."""
+    generator = torch.Generator().manual_seed(2)
+    for row in (torch.randn(CHUNK + 9, generator=generator), torch.randint(-3, 1, (CHUNK + 9,), generator=generator)):
+        for settings in ({"top_k": 7}, {"top_p": 0.4}, {"top_k": 3, "top_p": 0.9}):
+            same_draws(kernels, oracle, row * scale, temperature=temperature, **settings)
+
+
+def test_rows_with_and_without_cuts_side_by_side(kernels, oracle):
+    """Nothing of one row's list reaches another's, and a walk goes on from one to the next."""
+    generator = torch.Generator().manual_seed(4)
+    logits = torch.randn(5, 3, CHUNK + 70, generator=generator) * 3
+    logits[:, :2, 0] = 9.0
+    for settings in ({"top_k": 3}, {"top_p": 0.9}, {"top_k": 600}, {"top_p": 0.2, "top_k": 8}):
         same(drawn(kernels, logits, **settings), drawn(oracle, logits, **settings))
 
 

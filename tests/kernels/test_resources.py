@@ -18,6 +18,7 @@ ARCHITECTURE = "sm_90"
 BUDGETS = {
     "accept_choose": 64,
     "accept_filter": 80,
+    "accept_list": 48,
     "accept_log_probabilities": 40,
     "accept_scan": 32,
     "accept_walk": 40,
