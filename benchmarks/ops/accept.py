@@ -1,4 +1,4 @@
-"""Verification of a tree of 30 nodes: greedy, with a temperature, and with top-k and top-p."""
+"""Verification of a tree of 30 nodes: greedy, with a temperature, with top-k and top-p, and with top-p alone."""
 
 from __future__ import annotations
 
@@ -230,6 +230,8 @@ def _cases() -> list[Case]:
         "greedy": {},
         "temperature 0.8": {"temperature": 0.8},
         "top-k 50, top-p 0.9": {"temperature": 0.8, "top_k": 50, "top_p": 0.9},
+        # The leaves' rows are flat: thousands of tokens share their mass, and one block must read each row.
+        "top-p 0.9": {"temperature": 0.8, "top_p": 0.9},
     }
     targets = {"greedy": 4, "temperature 0.8": 6, "top-k 50, top-p 0.9": 12}
     return [
@@ -240,7 +242,7 @@ def _cases() -> list[Case]:
             {"T": 30, "V": V, **settings},
             {"T": 12, "V": 700, **settings},
             cold=False,
-            target_microseconds=targets[way] if V > 100_000 else None,
+            target_microseconds=targets.get(way) if V > 100_000 else None,
         )
         for V in (32064, 152064)
         for way, settings in ways.items()
