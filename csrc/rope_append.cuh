@@ -11,9 +11,9 @@ constexpr uint32_t kRopeThreads = 128;
 // Groups of kCount columns: those of H query heads, then of G key heads, then of G value heads.
 template <typename T, int kCount>
 VS_KERNEL void VS_BOUNDS(kRopeThreads, 1) rope_append_columns(RopeAppend p) {
-  const int64_t groups = p.head / kCount;
-  const int64_t i = static_cast<int64_t>(vs::block_index().x) * kRopeThreads + vs::thread_index();
-  const int64_t head = i / groups, column = i % groups * kCount;
+  const uint32_t groups = static_cast<uint32_t>(p.head) / kCount;
+  const uint32_t i = vs::block_index().x * kRopeThreads + vs::thread_index();
+  const int64_t head = i / groups, column = i % groups * kCount;  // 32 bits: 64 take a subroutine
   const int64_t t = vs::block_index().y, b = vs::block_index().z;
   if (head >= p.H + 2 * p.G) return;
   const Tail& tail = p.tail;
@@ -37,7 +37,7 @@ VS_KERNEL void VS_BOUNDS(kRopeThreads, 1) rope_append_columns(RopeAppend p) {
   const int64_t slot = (length < 0 ? 0 : length > p.L ? p.L : length) + p.offset + t;
   if (slot >= p.L) return;
   const bool is_key = head < p.H + p.G;
-  const int64_t g = (head - p.H) % p.G;
+  const int64_t g = is_key ? head - p.H : head - p.H - p.G;
   const T* row = static_cast<const T*>(is_key ? tail.keys : tail.values) + b * tail.batch_stride +
                  g * tail.head_stride + t * tail.row_stride;
   T* out = static_cast<T*>(is_key ? p.keys : p.values) + b * p.cache_batch_stride + g * p.cache_head_stride +
