@@ -11,8 +11,11 @@ from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
 
 from benchmarks.ops.accept import tree
-from benchmarks.ops.case import Baseline, Case, Problem, compiled, eager_and_compiled, largest_error
+from benchmarks.ops.case import Baseline, Case, Problem, compiled, eager_and_compiled, largest_error, require, same
+from benchmarks.ops.rope_append import rotated
 from vispec import ops
+
+BEHIND = 1000.0  # fills slots that nobody may see
 
 
 def plain(queries: Tensor, keys: Tensor, values: Tensor, visible: Tensor) -> Tensor:
@@ -28,6 +31,12 @@ def sdpa(queries: Tensor, keys: Tensor, values: Tensor, visible: Tensor) -> Tens
     return scaled_dot_product_attention(
         queries, keys, values, attn_mask=visible, enable_gqa=queries.shape[1] != keys.shape[1]
     )
+
+
+def exactly(queries: Tensor, keys: Tensor, values: Tensor, visible: Tensor) -> Tensor:
+    """`plain` in float64, a group of heads at a time: the scores of all would take gigabytes."""
+    groups = zip(queries.chunk(keys.shape[1], dim=1), keys.split(1, dim=1), values.split(1, dim=1), strict=True)
+    return torch.cat([plain(*(part.double() for part in group), visible) for group in groups], dim=1)
 
 
 def ancestor_words(parents: Tensor) -> tuple[Tensor, Tensor]:
@@ -62,19 +71,7 @@ def make(device: torch.device, generator: torch.Generator, *, T: int, L: int, H:
     visible[:, L:] = tail
     seen_keys, seen_values = keys[:, :, : L + T], values[:, :, : L + T]
     dense = (queries, seen_keys, seen_values, visible)
-    exact = torch.cat(
-        [
-            # A group of heads at a time: float64 scores of all would take gigabytes.
-            plain(
-                part.double(),
-                seen_keys[:, index : index + 1].double(),
-                seen_values[:, index : index + 1].double(),
-                visible,
-            )
-            for index, part in enumerate(queries.chunk(G, dim=1))
-        ],
-        dim=1,
-    )
+    exact = exactly(*dense)
 
     def error_of(answer: Tensor) -> float:
         return largest_error(answer, exact)
@@ -92,6 +89,90 @@ def make(device: torch.device, generator: torch.Generator, *, T: int, L: int, H:
             Baseline("FlexAttention", partial(_flex, *dense, words, L), error_of, compiles=True),
             Baseline("FlashInfer, dense mask", partial(_flashinfer, *dense), error_of, compiles=True),
         ],
+    )
+
+
+def biased(rows: Tensor, bias: Tensor | None) -> Tensor:
+    return rows if bias is None else rows + bias.view(-1, 1, rows.shape[-1])
+
+
+def plain_with_tail(
+    queries: Tensor, tail: ops.Tail, keys: Tensor, values: Tensor, slots: Tensor, visible: Tensor
+) -> Tensor:
+    """Biases, rotation, the caches' update at slots on the device, and `plain` over all visible slots."""
+    tables = tail.cosines, tail.sines
+    keys.index_copy_(2, slots, rotated(biased(tail.keys, tail.key_bias), *tables))
+    values.index_copy_(2, slots, biased(tail.values, tail.value_bias))
+    end = visible.shape[1]
+    return plain(rotated(biased(queries, tail.query_bias), *tables), keys[:, :, :end], values[:, :, :end], visible)
+
+
+def make_with_tail(
+    device: torch.device, generator: torch.Generator, *, T: int, L: int, H: int, G: int, head: int, biases: bool
+) -> Problem:
+    """As a layer calls it: projections in, with their biases; rotation and append on the way to the answer."""
+
+    def random(*shape: int) -> Tensor:
+        return torch.randn(*shape, generator=generator, device=device).bfloat16()
+
+    _, parents = tree(T, 8, 5, 32000, generator)
+    seen, words = ancestor_words(parents)
+    projected = random(1, T, H + 2 * G, head).transpose(1, 2)
+    queries, new_keys, new_values = projected.split([H, G, G], dim=1)
+    angles = 100 * torch.rand(1, T, head // 2, generator=generator, device=device).repeat(1, 1, 2)
+    bias = (random(H * head), random(G * head), random(G * head)) if biases else (None, None, None)
+    tail = ops.Tail(new_keys, new_values, angles.cos().bfloat16(), angles.sin().bfloat16(), *bias)
+    keys, values = (random(1, G, L + T + 40, head) for _ in range(2))
+    lengths, slots = torch.tensor([L], device=device), L + torch.arange(T, device=device)
+    written, apart = (torch.zeros(1, H, T, head, dtype=torch.bfloat16, device=device) for _ in range(2))
+    turned = torch.empty_like(apart)
+    visible = torch.ones(T, L + T, dtype=torch.bool, device=device)
+    visible[:, L:] = seen
+
+    def restore() -> None:
+        """Only what an answer appends may be seen of the slots behind the committed ones."""
+        for cache in (keys, values):
+            cache[:, :, L:] = BEHIND
+            cache[:, :, slots] = torch.nan
+        written.fill_(torch.nan)
+
+    def unfused() -> Tensor:
+        ops.rope_append(queries, tail, keys, values, lengths, output=turned)
+        ops.tree_attention(turned, keys, values, words[None], lengths, output=apart)
+        return apart
+
+    exact_tail = tail._replace(**{name: part.double() for name, part in tail._asdict().items() if part is not None})
+    before = keys[:, :, :L].clone(), values[:, :, :L].clone()
+    exact_caches = keys.double(), values.double()
+    exact = plain_with_tail(queries.double(), exact_tail, *exact_caches, slots, visible)
+    arguments = (queries, tail, keys, values, slots, visible)
+
+    def error_of(answer: Tensor) -> float:
+        for name, cache, old in (("keys", keys, before[0]), ("values", values, before[1])):
+            same(f"committed {name}", cache[:, :, :L], old)
+            same(f"{name} behind the tail", cache[:, :, L + T :], torch.full_like(cache[:, :, L + T :], BEHIND))
+        same("appended values", values[:, :, slots], biased(tail.values, tail.value_bias))
+        new = exact_caches[0][:, :, slots]
+        # The bias, two products and their sum, each rounded by 2^-9 of itself at most.
+        require(largest_error(keys[:, :, slots], new), 2**-6 * float(new.abs().max()))
+        return largest_error(answer, exact)
+
+    restore()
+    own_error = error_of(plain_with_tail(*arguments))
+    moved = 2 * (queries.nbytes + 2 * new_keys.nbytes) + words.nbytes  # read and written once each
+    moved += sum(part.nbytes for part in tail[2:] if part is not None) + 2 * keys[:, :, :L].nbytes
+    return Problem(
+        run=lambda: ops.tree_attention(queries, keys, values, words[None], lengths, output=written, tail=tail),
+        outputs=[written, keys, values],
+        error=lambda: error_of(written),
+        error_bound=2 * own_error,
+        bytes_moved=moved,
+        operations=4 * H * T * (L + T) * head,
+        baselines=[
+            Baseline("rope_append, then without a tail", lambda: unfused, error_of),
+            *eager_and_compiled("PyTorch", plain_with_tail, arguments, error_of),
+        ],
+        restore=restore,
     )
 
 
@@ -118,16 +199,19 @@ def _flashinfer(queries: Tensor, keys: Tensor, values: Tensor, visible: Tensor) 
 
 
 def _case(name: str, T: int, L: int, H: int, G: int, target_microseconds: float | None = None) -> Case:
-    return Case(
-        "tree_attention",
-        f"{name}, T={T}, L={L}",
-        make,
-        {"T": T, "L": L, "H": H, "G": G, "head": 128},
-        # Two words of ancestors where the case has a large tree, and groups where it has them.
-        {"T": {1: 1, 30: 13, 60: 70}[T], "L": 45, "H": 4, "G": 4 if H == G else 2, "head": 64},
-        cold=True,
-        target_microseconds=target_microseconds,
-    )
+    sizes = {"T": T, "L": L, "H": H, "G": G, "head": 128}
+    return Case("tree_attention", f"{name}, T={T}, L={L}", make, sizes, _small(T, H == G), True, target_microseconds)
+
+
+def _case_with_tail(name: str, T: int, L: int, H: int, G: int, *, biases: bool) -> Case:
+    sizes = {"T": T, "L": L, "H": H, "G": G, "head": 128, "biases": biases}
+    small = _small(T, H == G) | {"biases": biases}
+    return Case("tree_attention", f"{name}, T={T}, L={L}, with the tail", make_with_tail, sizes, small, True)
+
+
+def _small(T: int, each_its_own: bool) -> dict[str, int]:
+    """Two words of ancestors where the case has a large tree, and groups where it has them."""
+    return {"T": {1: 1, 30: 13, 60: 70}[T], "L": 45, "H": 4, "G": 4 if each_its_own else 2, "head": 64}
 
 
 CASES = [
@@ -138,4 +222,7 @@ CASES = [
     _case("Qwen 7B", 60, 16384, 28, 4, target_microseconds=36),
     _case("LLaVA 7B", 1, 2048, 32, 32),
     _case("Qwen 7B", 1, 4096, 28, 4),
+    _case_with_tail("LLaVA 7B", 30, 2048, 32, 32, biases=False),
+    _case_with_tail("Qwen 7B", 30, 4096, 28, 4, biases=True),
+    _case_with_tail("Qwen 7B", 1, 4096, 28, 4, biases=True),
 ]
