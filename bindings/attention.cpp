@@ -98,7 +98,6 @@ void bind_attention(py::module_& module) {
   module.def("tree_attention", tree_attention, arg("queries"), arg("keys"), arg("values"), arg("ancestors"),
              arg("lengths"), py::kw_only(), arg("output"), arg("tail"), arg("slots"), arg("scale"),
              arg("workspace"), arg("stream"));
-  module.def("tree_attention_fits", cuda::tree_attention_fits, arg("head"), arg("W"));
   module.def("tree_attention_workspace_bytes", tree_attention_workspace_bytes, py::kw_only(), arg("B"),
              arg("H"), arg("G"), arg("T"), arg("L"), arg("head"));
 }

@@ -1,6 +1,8 @@
 // The extension module: what was built, and the ops of every room.
 #include "bind.h"
-#if !defined(VISPEC_EMULATED)
+#if defined(VISPEC_EMULATED)
+#include "emu/emulator.h"
+#else
 #include "cpu/pool.h"
 #include "cpu/rows.h"
 #endif
@@ -56,5 +58,6 @@ PYBIND11_MODULE(VISPEC_MODULE, module) {
   module.def("set_num_threads", cpu::set_num_threads, arg("count"));
 #else
   module.def("set_num_threads", [](int) {}, arg("count"));
+  module.def("set_shared_limit", vs::emu::set_shared_limit, arg("bytes"));
 #endif
 }

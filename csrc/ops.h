@@ -220,7 +220,6 @@ void accept(const Accept&);
 void commit(const Commit&);  // `tensors` lies in device memory
 void rope_append(const RopeAppend&);
 int64_t tree_attention_workspace_bytes(const TreeAttention&);
-bool tree_attention_fits(int64_t head, int64_t W);  // into the shared memory of the current device
 void tree_attention(const TreeAttention&);
 void rms_norm(const RmsNorm&);
 void silu_mul(const SiluMul&);

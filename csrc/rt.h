@@ -82,7 +82,7 @@ void launch(const char*, void (*kernel)(Params...), Dim3 grid, unsigned threads,
       [](void* p) { std::apply(static_cast<Call*>(p)->kernel, static_cast<Call*>(p)->args); }, &call);
 }
 
-inline size_t shared_limit() { return 227u << 10; }
+inline size_t shared_limit() { return emu::shared_limit(); }
 
 VS_DEVICE unsigned thread_index() { return emu::thread_index(); }
 VS_DEVICE unsigned thread_count() { return emu::thread_count(); }

@@ -1,46 +1,76 @@
 #include <stdexcept>
 #include <string>
+#include <type_traits>
 
 #include "tree_attention.cuh"
 
 namespace vispec::cuda {
 namespace {
 
-int64_t row_blocks(const TreeAttention& p) {
-  return (p.T * (p.H / p.G) + kernels::kRows - 1) / kernels::kRows;
+template <int kHead>
+using Large = kernels::AttentionShape<kHead, 64, 64>;
+template <int kHead>
+using Small = kernels::AttentionShape<kHead, kHead == 256 ? 32 : 16, kHead == 256 ? 32 : 64>;
+
+// What a block may ask for on the GPUs that have the least of those with asynchronous copies.
+constexpr size_t kLeastSharedLimit = 99 << 10;
+
+template <class Function>
+auto with_head(int64_t head, const Function& function) {
+  switch (head) {
+    case 64: return function(std::integral_constant<int, 64>{});
+    case 80: return function(std::integral_constant<int, 80>{});
+    case 96: return function(std::integral_constant<int, 96>{});
+    case 128: return function(std::integral_constant<int, 128>{});
+    case 256: return function(std::integral_constant<int, 256>{});
+  }
+  throw std::invalid_argument("tree_attention: head must be 64, 80, 96, 128 or 256, got " +
+                              std::to_string(head));
 }
 
-// Enough blocks to fill 132 SMs twice, as long as a run keeps at least 256 keys of a full cache: with 30 rows
-// the partial results of shorter runs are more than a fifth of the bytes of their keys and values.
+int64_t packed_rows(const TreeAttention& p) { return p.T * (p.H / p.G); }
+
+// Calls function(shape) with the shape that serves these sizes on the current device.
+template <class Function>
+auto with_shape(const TreeAttention& p, const Function& function) {
+  return with_head(p.head, [&](auto head) {
+    static_assert(Small<head>::kSharedBytes <= kLeastSharedLimit, "runs on every GPU");
+    bool large = packed_rows(p) > Small<head>::kRows;
+    if constexpr (Large<head>::kSharedBytes > kLeastSharedLimit)
+      large = large && Large<head>::kSharedBytes <= vs::shared_limit();
+    return large ? function(Large<head>{}) : function(Small<head>{});
+  });
+}
+
+template <class Shape>
+int64_t row_blocks(const TreeAttention& p) {
+  return (packed_rows(p) + Shape::kRows - 1) / Shape::kRows;
+}
+
+// Enough blocks to fill 132 SMs twice, as long as the partial results do not weigh too much: with 30 rows,
+// those of runs shorter than 256 keys are more than a fifth of the bytes of their keys and values; with 16,
+// those of 128 keys are a quarter. Two tiles a run also keep both stages of its block in flight from the
+// start.
+template <class Shape>
 int64_t splits(const TreeAttention& p) {
-  const int64_t blocks = p.B * p.G * row_blocks(p);
-  const int64_t wanted = (264 + blocks - 1) / blocks, most = (p.L + 255) / 256;
+  const int64_t blocks = p.B * p.G * row_blocks<Shape>(p);
+  const int64_t least_keys = packed_rows(p) <= 16 ? 128 : 256;
+  const int64_t wanted = (264 + blocks - 1) / blocks, most = (p.L + least_keys - 1) / least_keys;
   return wanted < most ? wanted : most;
 }
 
-template <typename T, int kHead>
-void run_head(const TreeAttention& p, const kernels::AttentionWorkspace& work) {
-  const unsigned rows = static_cast<unsigned>(p.G * row_blocks(p)), B = static_cast<unsigned>(p.B);
-  const auto splits = p.tail.keys == nullptr ? kernels::attention_splits<T, kHead, false>
-                                             : kernels::attention_splits<T, kHead, true>;
-  vs::launch("tree_attention", splits, {work.splits, rows, B}, kernels::kAttentionThreads,
-             kernels::attention_shared_bytes(kHead, p.W), p.stream, p, work);
-  const unsigned M = static_cast<unsigned>(p.T * (p.H / p.G)), G = static_cast<unsigned>(p.G);
-  vs::launch("tree_attention", kernels::attention_merge<T>, {M, G, B}, (kHead + 31) / 32 * 32, 0, p.stream, p,
-             work);
-}
-
-template <typename T>
-void run(const TreeAttention& p, const kernels::AttentionWorkspace& work) {
-  switch (p.head) {
-    case 64: return run_head<T, 64>(p, work);
-    case 80: return run_head<T, 80>(p, work);
-    case 96: return run_head<T, 96>(p, work);
-    case 128: return run_head<T, 128>(p, work);
-    case 256: return run_head<T, 256>(p, work);
-  }
-  throw std::invalid_argument("tree_attention: head must be 64, 80, 96, 128 or 256, got " +
-                              std::to_string(p.head));
+template <typename T, class Shape>
+void run(const TreeAttention& p) {
+  const int64_t runs = splits<Shape>(p), rows = p.B * p.H * p.T * runs;
+  float* start = static_cast<float*>(p.workspace);
+  const kernels::AttentionWorkspace work{start, start + rows * p.head, start + rows * (p.head + 1),
+                                         static_cast<uint32_t>(runs)};
+  const unsigned G = static_cast<unsigned>(p.G), B = static_cast<unsigned>(p.B);
+  vs::launch("tree_attention", kernels::attention_splits<T, Shape>,
+             {work.splits, G * static_cast<unsigned>(row_blocks<Shape>(p)), B}, kernels::kAttentionThreads,
+             Shape::kSharedBytes, p.stream, p, work);
+  vs::launch("tree_attention", kernels::attention_merge<T>, {static_cast<unsigned>(packed_rows(p)), G, B},
+             (Shape::kHead + 31) / 32 * 32, 0, p.stream, p, work);
 }
 
 void check(const TreeAttention& p) {
@@ -70,24 +100,19 @@ void check(const TreeAttention& p) {
 }  // namespace
 
 int64_t tree_attention_workspace_bytes(const TreeAttention& p) {
-  return static_cast<int64_t>(sizeof(float)) * p.B * p.H * p.T * splits(p) * (p.head + 2);
-}
-
-bool tree_attention_fits(int64_t head, int64_t W) {
-  return kernels::attention_shared_bytes(head, W) <= vs::shared_limit();
+  const int64_t runs = with_shape(p, [&](auto shape) { return splits<decltype(shape)>(p); });
+  return static_cast<int64_t>(sizeof(float)) * p.B * p.H * p.T * runs * (p.head + 2);
 }
 
 void tree_attention(const TreeAttention& p) {
   check(p);
-  const int64_t rows = p.B * p.H * p.T * splits(p);
-  float* start = static_cast<float*>(p.workspace);
-  const kernels::AttentionWorkspace work{start, start + rows * p.head, start + rows * (p.head + 1),
-                                         static_cast<uint32_t>(splits(p))};
-  if (p.dtype == DType::f16) {
-    run<vs::Half>(p, work);
-  } else {
-    run<vs::BFloat16>(p, work);
-  }
+  with_shape(p, [&](auto shape) {
+    if (p.dtype == DType::f16) {
+      run<vs::Half, decltype(shape)>(p);
+    } else {
+      run<vs::BFloat16, decltype(shape)>(p);
+    }
+  });
 }
 
 }  // namespace vispec::cuda

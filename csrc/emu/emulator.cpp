@@ -16,7 +16,6 @@
 namespace vs::emu {
 namespace {
 
-constexpr size_t kSharedLimit = 227 << 10;  // what a block may ask for on sm_90
 constexpr size_t kRedZone = 64;
 constexpr unsigned kMaxArrays = 32;
 constexpr unsigned char kCanary = 0xA5;
@@ -50,6 +49,7 @@ void (*g_body)(void*) = nullptr;
 void* g_argument = nullptr;
 char g_end_tag = 0;
 uint64_t g_seed = 1, g_random = 1;
+size_t g_shared_limit = 227 << 10;
 std::mutex g_mutex;
 
 VS_RAW uint64_t draw() {
@@ -208,6 +208,16 @@ void set_seed(uint64_t seed) {
   g_seed = seed;
 }
 
+size_t shared_limit() {
+  std::lock_guard<std::mutex> lock(g_mutex);
+  return g_shared_limit;
+}
+
+void set_shared_limit(size_t bytes) {
+  std::lock_guard<std::mutex> lock(g_mutex);
+  g_shared_limit = bytes;
+}
+
 void run(Index3 grid, unsigned threads, size_t shared_bytes, void (*body)(void*), void* argument) {
   std::lock_guard<std::mutex> lock(g_mutex);
   static const bool seeded = [] {
@@ -218,7 +228,7 @@ void run(Index3 grid, unsigned threads, size_t shared_bytes, void (*body)(void*)
   (void)seeded;
   const uint64_t blocks = uint64_t{grid.x} * grid.y * grid.z;
   if (threads == 0 || threads > kMaxThreads || threads % kWarp != 0 || blocks == 0 || grid.y > 65535 ||
-      grid.z > 65535 || shared_bytes > kSharedLimit) {
+      grid.z > 65535 || shared_bytes > g_shared_limit) {
     std::fprintf(stderr, "emulator: launch refused: grid (%u, %u, %u), %u threads, %zu shared bytes\n",
                  grid.x, grid.y, grid.z, threads, shared_bytes);
     std::abort();

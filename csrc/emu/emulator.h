@@ -34,6 +34,9 @@ struct Index3 {
 void run(Index3 grid, unsigned threads, size_t shared_bytes, void (*body)(void*), void* argument);
 // The seed of later launches; the first comes from VISPEC_EMULATOR_SEED (default 1).
 void set_seed(uint64_t seed);
+// What a block may ask for, in bytes: an H100's 227 KiB at first. A launch that asks for more is refused.
+size_t shared_limit();
+void set_shared_limit(size_t bytes);
 
 VS_RAW unsigned thread_index();
 VS_RAW unsigned thread_count();

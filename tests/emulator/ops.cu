@@ -157,10 +157,10 @@ void commit() {
   }
 }
 
-// Two runs of keys, a second row block, and a tail that shares a tile with the committed slots; then the same
-// with the tail appended on the way, by one of the two row blocks.
-void attend(bool append) {
-  constexpr int64_t B = 1, H = 8, G = 1, T = 9, S = 9, L = 300, W = 1, head = 64;
+// Runs of keys, and a tail that shares a tile with the committed slots; then the same with the tail appended
+// on the way. With 9 nodes there is a second row block, with one the warps share the keys of a tile.
+void attend(size_t T, bool append) {
+  constexpr size_t B = 1, H = 8, G = 1, L = 300, W = 1, head = 64;
   Buffer<uint16_t> queries(B * H * T * head, 0x3F80), keys(B * G * L * head, 0x3E80),
       values(keys.size(), 0x4000);
   Buffer<uint16_t> output(queries.size()), new_values(B * G * T * head, 0x4000);
@@ -168,19 +168,20 @@ void attend(bool append) {
   Buffer<int64_t> lengths(B, 280), ancestors(B * T, 1);
   vispec::TreeAttention p{};
   if (append) {
-    for (size_t i = 280 * head; i < 289 * head; ++i) keys[i] = values[i] = 0x7FFF;  // NaN until appended
+    for (size_t i = 280 * head; i < (280 + T) * head; ++i)
+      keys[i] = values[i] = 0x7FFF;  // NaN until appended
     p.tail.keys = queries.get(), p.tail.values = new_values.get();
     p.tail.batch_stride = p.tail.head_stride = T * head, p.tail.row_stride = head;
     p.tail.cosines = cosines.get(), p.tail.sines = sines.get(), p.tail.rotary = head;
     p.tail.query_bias = p.tail.key_bias = p.tail.value_bias = bias.get();
   }
   p.queries = queries.get(), p.keys = keys.get(), p.values = values.get(), p.output = output.get();
-  p.query_batch_stride = p.output_batch_stride = H * T * head;
+  p.query_batch_stride = p.output_batch_stride = static_cast<int64_t>(H * T * head);
   p.query_head_stride = p.output_head_stride = T * head;
   p.query_row_stride = p.output_row_stride = head;
   p.cache_batch_stride = p.cache_head_stride = L * head, p.cache_slot_stride = head;
   p.dtype = DType::bf16, p.lengths = lengths.get(), p.ancestors = ancestors.get(), p.scale = 0.125f;
-  p.B = B, p.H = H, p.G = G, p.T = T, p.S = S, p.L = L, p.W = W, p.head = head;
+  p.B = B, p.H = H, p.G = G, p.T = T, p.S = T, p.L = L, p.W = W, p.head = head;
   Buffer<float> workspace(static_cast<size_t>(vispec::cuda::tree_attention_workspace_bytes(p)) / 4);
   p.workspace = workspace.get();
   vispec::cuda::tree_attention(p);
@@ -240,8 +241,10 @@ void compress() {
 
 int main() {
   activate();
-  attend(false);
-  attend(true);
+  for (size_t T : {9, 1}) {
+    attend(T, false);
+    attend(T, true);
+  }
   compress();
   build();
   commit();

@@ -18,7 +18,8 @@ BARRIERS = [
     ("accept_filter.cuh", "ascending[below] = row.list[thread];\n  }\n", "cut_listed"),
     ("accept_filter.cuh", "state[0] = state[1] = state[2] = 0;\n", "gather"),
     ("tree_attention.cuh", "    vs::copy_wait<1>();\n", "attention_splits"),
-    ("tree_attention.cuh", "words, W, at, tile * kKeys);\n", "clear_unseen"),
+    ("tree_attention.cuh", "words, W, at, first);\n", "clear_unseen"),
+    ("tree_attention.cuh", "half * 8, sums, half, maximum[half], total[half]);\n", "store_parts"),
 ]
 
 

@@ -305,13 +305,21 @@ def test_paths_longer_than_a_batch(kernels, oracle, count, head):
         assert torch.equal(ours, theirs)
 
 
-def test_runs_of_keys_merge_in_ascending_order(kernels):
-    """Three runs of 256 keys of equal weight and values 2^24, 1, -2^24: the 1 is lost beside the first alone."""
+@pytest.mark.parametrize("H", [1, 17])
+@pytest.mark.parametrize(
+    "slots",
+    [
+        (0, 300, 600),  # runs of keys
+        (0, 20, 40),  # a tile's keys, which four warps share where there are few rows, in one run
+    ],
+)
+def test_keys_merge_in_ascending_order(kernels, H, slots):
+    """Three keys of equal weight and values 2^24, 1, -2^24: the 1 is lost beside the first alone."""
     L, D = 768, 64
-    queries, keys = torch.zeros(1, 1, 1, D, dtype=torch.bfloat16), torch.zeros(1, 1, L, D, dtype=torch.bfloat16)
+    queries, keys = torch.zeros(1, H, 1, D, dtype=torch.bfloat16), torch.zeros(1, 1, L, D, dtype=torch.bfloat16)
     values, output = torch.zeros_like(keys), torch.full_like(queries, torch.nan)
-    values[0, 0, [0, 300, 600], 0] = torch.tensor([2.0**24, 1.0, -(2.0**24)], dtype=torch.bfloat16)
-    values[0, 0, 300, 1] = 768.0  # another column: all runs are there
+    values[0, 0, slots, 0] = torch.tensor([2.0**24, 1.0, -(2.0**24)], dtype=torch.bfloat16)
+    values[0, 0, slots[1], 1] = 768.0  # another column: all keys are there
     ancestors, lengths = torch.ones(1, 1, 1, dtype=torch.int64), torch.tensor([L - 1])
     found = kernels.run(tree_attention, queries, keys, values, ancestors, lengths, output=output, scale=1.0)
-    assert found["output"].flatten()[:2].tolist() == [0.0, 1.0]
+    assert found["output"][0, :, 0, :2].tolist() == [[0.0, 1.0]] * H

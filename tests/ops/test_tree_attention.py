@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib
 from dataclasses import dataclass, field
 
 import pytest
@@ -12,6 +11,7 @@ from torch import Tensor
 
 from tests.ops.conftest import available
 from tests.ops.test_rope_append import tables
+from vispec import _native
 from vispec.ops import Tail, rope_append, serves_tree_attention, tree_attention, use_backend
 
 HALF = [torch.float16, torch.bfloat16]
@@ -131,6 +131,10 @@ def check(backend, case: Case, dtype: torch.dtype, **options) -> None:
         Case([30], T=256, H=2, G=1, L=290),  # four words
         Case([300], T=3, offset=253, H=2, G=1, L=600),
         Case([250], T=4, D=256, L=300),  # the largest head
+        Case([70, 3], T=33, H=1, G=1, D=256, L=110),  # and more than 32 packed rows of it
+        Case([0, 700, 40], T=2, H=16, G=2, D=128, L=800),  # 16 packed rows: the most of the smallest block
+        Case([70], T=1, H=17, G=1, L=130),  # and one more
+        Case([4300], T=1, H=1, G=1, L=4400),  # more runs of keys than a warp has lanes
         Case([22], T=8, H=4, G=4, D=128, L=30),  # up to the cache's last slot
         Case([200, 77], T=1, H=7, G=1, D=128, L=320),  # plain decoding, ragged
         Case([260], T=30, L=600, spread=40.0),  # nearly one-hot weights
@@ -189,6 +193,19 @@ def test_rows_that_see_nothing_are_zeros(backend):
     torch.testing.assert_close(got[1:, :, 40:41].double(), expected, rtol=2e-3, atol=2e-3)
 
 
+@pytest.mark.parametrize(("T", "H", "D"), [(3, 2, 64), (30, 2, 64), (4, 2, 256)])
+@pytest.mark.parametrize("slot", [5, 21])
+def test_what_sees_nan_becomes_nan_and_nothing_else(backend, T, H, D, slot):
+    """As in PyTorch, so that a broken model is noticed; in a committed slot all nodes see it."""
+    inputs = make(Case([20], T=T, H=H, G=1, D=D, L=600), torch.bfloat16)
+    expected = call(backend, inputs)
+    inputs.keys[0, 0, slot, 7] = torch.nan
+    seen = inputs.seen[0, :, slot]
+    got = call(backend, inputs)
+    assert bool(got[0][:, seen].isnan().all()) and bool(seen.any()) and bool(seen.all()) == (slot < 20)
+    torch.testing.assert_close(got[0][:, ~seen], expected[0][:, ~seen], rtol=0, atol=0)
+
+
 def test_bits_beyond_the_tail_count_for_nothing(backend):
     inputs = make(Case([20], T=5, L=200), torch.bfloat16)
     expected = call(backend, inputs)
@@ -227,7 +244,7 @@ def test_a_length_of_zero_and_a_row_of_its_own(backend):
     assert torch.equal(call(backend, inputs), inputs.values[:, :, :3])
 
 
-def test_where_there_is_a_kernel(monkeypatch):
+def test_where_there_is_a_kernel():
     """What serves says before the call is what the call needs; the reference alone serves nothing."""
     available("emulated")
     inputs = make(Case([5], T=4, L=32), torch.float16)
@@ -251,13 +268,41 @@ def test_where_there_is_a_kernel(monkeypatch):
         wide = half(1, 2, 4, 256), half(1, 2, 32, 256), half(1, 2, 32, 256)
         assert served(*wide)
 
-        class SmallDevice:
-            def tree_attention_fits(self, head: int, W: int) -> bool:
-                return 5 * 64 * (head + 8) * 2 + 64 * W * 8 <= 99 << 10
 
-        module = importlib.import_module("vispec.ops.tree_attention")
-        monkeypatch.setattr(module, "kernels_for", lambda *_: SmallDevice())
-        assert not served(*wide) and served()
+@pytest.fixture
+def desktop():
+    """The emulated module on a device whose blocks get 99 KiB of shared memory; a launch that asks for more aborts."""
+    available("emulated")
+    module = _native.emulated("tests")
+    module.set_shared_limit(99 << 10)
+    yield module
+    module.set_shared_limit(227 << 10)
+
+
+@pytest.mark.parametrize("dtype", HALF)
+@pytest.mark.parametrize(
+    "case",
+    [
+        Case([100, 31], T=9, H=8, G=2, D=256, L=140),  # 36 packed rows: a second block, of one row tile
+        Case([290], T=65, D=256, L=400),  # two words, three row blocks, two runs
+        Case([90], T=60, D=128, L=160),
+    ],
+    ids=lambda value: f"T{value.T}-D{value.D}" if isinstance(value, Case) else None,
+)
+def test_a_desktop_gpu_serves_every_head(desktop, dtype, case):
+    check(available("emulated"), case, dtype)
+
+
+def test_a_block_is_as_large_as_the_device_allows(desktop):
+    """64 rows of head 256 are one block of a large device and two of a small one, hence half as many runs of keys."""
+    sizes = {"B": 1, "H": 64, "G": 1, "T": 1, "L": 1 << 20}
+    runs = {}
+    for kib in (99, 163, 227):
+        desktop.set_shared_limit(kib << 10)
+        runs[kib] = [
+            desktop.tree_attention_workspace_bytes(**sizes, head=head) // (4 * 64 * (head + 2)) for head in (128, 256)
+        ]
+    assert runs == {99: [264, 132], 163: [264, 132], 227: [264, 264]}
 
 
 def with_tail(case: Case, dtype: torch.dtype, *, R: int, biases: bool) -> tuple[Inputs, Tail]:
@@ -287,6 +332,7 @@ def with_tail(case: Case, dtype: torch.dtype, *, R: int, biases: bool) -> tuple[
         (Case([65, 3], T=8, offset=24, H=7, G=1, D=80, L=110), 80),  # a draft level behind three others
         (Case([250], T=12, H=4, G=2, D=96, L=700), 96),  # the tail lies in two runs of keys
         (Case([120], T=5, D=256, L=128), 256),
+        (Case([300, 63], T=2, H=7, G=1, D=128, L=400), 128),  # 14 packed rows: warps share the keys of a tile
         (Case([22, 30], T=8, H=4, G=4, L=32), 64),  # up to the last slot, and beyond it
         (Case([10], T=8, offset=24, L=32), 64),  # no new token has a slot
     ],
