@@ -520,9 +520,10 @@ VS_DEVICE void shared_add(uint64_t* p, uint64_t x) {
 // Last-arriver merges. One thread of a block calls this after a sync_block; of `total` calls on one counter
 // the last returns true, sees all that the other callers' blocks wrote before, and finds the counter back at
 // zero.
-VS_DEVICE bool arrive_last(uint32_t* counter, uint32_t total) {
+VS_DEVICE bool arrive_last(uint32_t* counter, uint32_t total VS_AND_AT) {
 #if defined(VISPEC_EMULATED)
   const uint32_t before = __atomic_fetch_add(counter, 1u, __ATOMIC_ACQ_REL);
+  if (before >= total) emu::fail(site, "the counter of arrivals did not start at zero");
   if (before + 1 != total) return false;
   __atomic_store_n(counter, 0u, __ATOMIC_RELAXED);
   return true;

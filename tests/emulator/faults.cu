@@ -67,6 +67,10 @@ VS_KERNEL void last_sums(uint32_t* counter, int* parts, int* out) {
   for (unsigned b = 0; b < vs::grid_size().x; ++b) *out += parts[b];
 }
 
+VS_KERNEL void arrive(uint32_t* counter, int* out) {
+  if (vs::thread_index() == 0 && vs::arrive_last(counter, vs::grid_size().x)) ++*out;
+}
+
 template <int kBeyond>
 VS_KERNEL void overflow(int* out, int offset) {
   vs::Shared shared;
@@ -196,6 +200,13 @@ bool run(const char* name) {
     const auto kernel = is("ordered_counter") ? last_sums<true> : last_sums<false>;
     test::run(kernel, {8, 1, 1}, 32, 0, counter.get(), parts.get(), out.get());
     return out[0] == 8;
+  }
+  if (is("counter_used_again") || is("counter_not_clear")) {
+    counter[0] = is("counter_not_clear") ? 8 : 0;
+    for (int launch = 0; launch < 2; ++launch) {
+      test::run(arrive, {8, 1, 1}, 32, 0, counter.get(), out.get());
+    }
+    return out[0] == 2;
   }
   if (is("inside")) return test::run(overflow<0>, {1, 1, 1}, 32, two_arrays, out.get(), 1), true;
   if (is("one_beyond")) return test::run(overflow<1>, {1, 1, 1}, 32, two_arrays, out.get(), 1), true;

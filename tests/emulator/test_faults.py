@@ -25,11 +25,12 @@ FAULTS = {
     "vector_at_4": "is not a multiple of 16 in .*faults.cu",
     "copy_at_4": "is not a multiple of 16 in .*faults.cu",
     "copy_not_waited": "wrong result",
+    "counter_not_clear": "the counter of arrivals did not start at zero in .*faults.cu",
     "too_many_threads": "launch refused: .*1056 threads",
     "partial_warp": "launch refused: .*48 threads",
 }
 SOUND = ["barrier", "warp_barrier", "loop_barriers", "own_places", "ordered_counter", "inside"]
-SOUND += ["carve_all", "unset_shared", "vector_at_0", "copy_waited"]
+SOUND += ["counter_used_again", "carve_all", "unset_shared", "vector_at_0", "copy_waited"]
 RACES = {
     "no_barrier": "barrier",
     "no_warp_barrier": "warp_barrier",
