@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from vispec import ops
@@ -27,6 +28,7 @@ class KeyValueCache:
     Attributes:
         lengths: [B] int64 on the device, changed in place; `host_lengths` is the host's copy, so that nothing waits to
             read it, or None after `fix`.
+        offset: slots between the committed ones and those of the present pass.
     """
 
     def __init__(self, lengths: Tensor, keys: list[Tensor], values: list[Tensor]) -> None:
@@ -34,6 +36,7 @@ class KeyValueCache:
         self.values = values
         self.lengths = lengths.clone()
         self.host_lengths: list[int] | None = lengths.tolist()
+        self.offset = 0
         self._first = 0
         self._used = 0
         self._slots: Tensor | None = None
@@ -83,6 +86,7 @@ class KeyValueCache:
 
         Returns their slots, [B, T] int64.
         """
+        self.offset = offset
         slots = self.lengths[:, None] + torch.arange(offset, offset + tokens, device=self.lengths.device)
         self._starts = slots[:, 0]
         if self.host_lengths is None:
@@ -99,14 +103,17 @@ class KeyValueCache:
     def mask(self, tail: Tensor, dtype: torch.dtype) -> Tensor:
         """The additive mask [B, 1, T, L'] of the present pass over the L' slots in use.
 
-        Every token sees its row's committed slots and, of the slots behind them, those that `tail` [B, T, A] bool
-        marks.
+        Every token sees its row's committed slots and, of the A slots behind them up to the pass's last, those that
+        `tail` [B, T, A] bool marks.
         """
         batch, tokens, width = tail.shape
-        places = torch.arange(self._used, device=tail.device)
-        visible = (places < self.lengths[:, None])[:, None].repeat(1, tokens, 1)
-        slots = self.lengths[:, None] + torch.arange(width, device=tail.device)
-        visible.scatter_(2, slots[:, None].expand(batch, tokens, width), tail)
+        if self._slots is None:
+            visible = F.pad(tail, (self._used - width, 0), value=True)
+        else:
+            places = torch.arange(self._used, device=tail.device)
+            committed = (places < self.lengths[:, None])[:, None].expand(-1, tokens, -1)
+            slots = self.lengths[:, None] + torch.arange(width, device=tail.device)
+            visible = committed.scatter(2, slots[:, None].expand(batch, tokens, width), tail)
         mask = torch.zeros(visible.shape, dtype=dtype, device=tail.device)
         return mask.masked_fill_(~visible, torch.finfo(dtype).min)[:, None]
 

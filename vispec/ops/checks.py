@@ -45,8 +45,7 @@ def check_kind(
     if (
         not isinstance(tensor, Tensor)
         or tensor.dtype is not dtype
-        or len(tensor.shape) != len(shape)
-        or any(got != want for got, want in zip(tensor.shape, shape, strict=True) if want >= 0)
+        or (tensor.shape != shape and not _fits(tensor.shape, shape))
     ):
         sizes = ", ".join(str(size) for size in shape if size >= 0)
         known = f" = [{sizes}]" if -1 not in shape else ""
@@ -54,6 +53,10 @@ def check_kind(
         raise ValueError(f"{op}: {name} must be {kind} [{letters}]{known}, got {describe(tensor)}")
     if tensor.device != like.device:
         raise ValueError(f"{op}: {name} must be on {like.device} like the rest, got {tensor.device}")
+
+
+def _fits(sizes: torch.Size, shape: tuple[int, ...]) -> bool:
+    return len(sizes) == len(shape) and all(got == want for got, want in zip(sizes, shape, strict=True) if want >= 0)
 
 
 def check_tensors(
