@@ -9,7 +9,9 @@ namespace {
 void grow_level(py::handle logits_, py::handle frontier_scores, py::handle frontier,
                 py::handle candidate_tokens_, py::handle candidate_scores, py::handle candidate_parents,
                 int64_t offset, py::handle next_frontier_, py::handle next_rows, py::handle next_tokens,
-                py::handle next_scores, py::handle head_tokens, py::handle workspace, uintptr_t stream) {
+                py::handle next_scores, py::handle head_tokens, int64_t slots, py::handle ancestors,
+                py::handle next_ancestors, py::handle hidden_, py::handle next_hidden, py::handle arrivals,
+                py::handle workspace, uintptr_t stream) {
   const TensorView logits("logits", logits_), candidate_tokens("candidate_tokens", candidate_tokens_);
   const TensorView next_frontier("next_frontier", next_frontier_);
   GrowLevel op{};
@@ -27,12 +29,26 @@ void grow_level(py::handle logits_, py::handle frontier_scores, py::handle front
   op.next_rows = TensorView("next_rows", next_rows).int64s();
   op.next_tokens = TensorView("next_tokens", next_tokens).int64s();
   op.next_scores = TensorView("next_scores", next_scores).floats();
+  op.ancestors = ancestors.is_none() ? nullptr : TensorView("ancestors", ancestors).int64s();
+  op.next_ancestors =
+      next_ancestors.is_none() ? nullptr : TensorView("next_ancestors", next_ancestors).int64s();
+  op.slots = slots;
+  if (!next_hidden.is_none()) {
+    const TensorView hidden("hidden", hidden_);
+    op.hidden = hidden.data();
+    op.hidden_batch_stride = hidden.stride(0);
+    op.hidden_row_stride = hidden.stride(1);
+    op.next_hidden = TensorView("next_hidden", next_hidden).data();
+    op.C = hidden.size(2);
+    op.hidden_bytes = hidden.element_bytes();
+  }
   op.B = logits.size(0);
   op.R = logits.size(1);
   op.V = logits.size(2);
   op.K = next_frontier.size(1);
   op.N = candidate_tokens.size(1);
   op.offset = offset;
+  op.arrivals = reinterpret_cast<uint32_t*>(TensorView("arrivals", arrivals).int32s());
   op.workspace = workspace.is_none() ? nullptr : TensorView("workspace", workspace).data();
   op.stream = stream_of(stream);
   run(VISPEC_DISPATCH(grow_level, logits.cuda()), op);
@@ -171,7 +187,8 @@ void bind_round(py::module_& module) {
   module.def("grow_level", grow_level, arg("logits"), arg("frontier_scores"), arg("frontier"), py::kw_only(),
              arg("candidate_tokens"), arg("candidate_scores"), arg("candidate_parents"), arg("offset"),
              arg("next_frontier"), arg("next_rows"), arg("next_tokens"), arg("next_scores"),
-             arg("head_tokens"), arg("workspace"), arg("stream"));
+             arg("head_tokens"), arg("slots"), arg("ancestors"), arg("next_ancestors"), arg("hidden"),
+             arg("next_hidden"), arg("arrivals"), arg("workspace"), arg("stream"));
   module.def("grow_level_workspace_bytes", grow_level_workspace_bytes, arg("B"), arg("R"), arg("V"), arg("K"),
              arg("on_gpu"));
   module.def("build_tree", build_tree, arg("root_tokens"), arg("candidate_tokens"), arg("candidate_scores"),

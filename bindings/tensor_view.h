@@ -45,6 +45,7 @@ class TensorView {
   void* data() const { return reinterpret_cast<void*>(address_); }
 
   int64_t* int64s() const { return static_cast<int64_t*>(checked("torch.int64")); }
+  int32_t* int32s() const { return static_cast<int32_t*>(checked("torch.int32")); }
   float* floats() const { return static_cast<float*>(checked("torch.float32")); }
 
   DType floating() const {

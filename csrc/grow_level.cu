@@ -13,29 +13,20 @@ int64_t grow_level_workspace_bytes(int64_t B, int64_t R, int64_t V, int64_t K) {
 void grow_level(const GrowLevel& p) {
   constexpr int64_t kMaxChildren = 16384;  // 128 KiB of shared memory
   if (p.K < 1 || p.K > kernels::kGrowGroups / 2 || p.K > p.V || p.V > kMaxVocabulary ||
-      p.R * p.K > kMaxChildren || p.workspace == nullptr) {
+      p.R * p.K > kMaxChildren || p.arrivals == nullptr || p.workspace == nullptr) {
     throw std::invalid_argument(
-        "grow_level: K must be from 1 to min(V, 64), V at most 524287, R * K at most 16384 and workspace "
-        "given, got K=" +
+        "grow_level: K must be from 1 to min(V, 64), V at most 524287, R * K at most 16384, arrivals and "
+        "workspace given, got K=" +
         std::to_string(p.K) + ", V=" + std::to_string(p.V) + ", R=" + std::to_string(p.R) +
-        (p.workspace == nullptr ? ", no workspace" : ""));
+        (p.arrivals == nullptr ? ", no arrivals" : "") + (p.workspace == nullptr ? ", no workspace" : ""));
   }
-  const kernels::GrowWorkspace work = kernels::grow_workspace(p);
-  const unsigned R = static_cast<unsigned>(p.R), B = static_cast<unsigned>(p.B);
-  const uint32_t chunks = kernels::grow_chunks(p.V);
-  auto* kernel = p.dtype == DType::f32   ? kernels::grow_scan<float>
-                 : p.dtype == DType::f16 ? kernels::grow_scan<vs::Half>
-                                         : kernels::grow_scan<vs::BFloat16>;
-  vs::launch("grow_level", kernel, {chunks, R, B}, kernels::kGrowThreads,
-             kernels::grow_scan_shared_bytes(p.V, p.K), p.stream, p, work, kernels::grow_chunk(p.V),
-             static_cast<uint32_t>(kernels::grow_list(p.V, p.K)));
-  const uint32_t rows = kernels::grow_rows_at_once(p.R, p.V, p.K);
-  const int64_t entries = rows * chunks * p.K, children = p.R * p.K;
-  const int64_t wanted = entries > children ? entries : children;
-  const unsigned threads = wanted >= kernels::kSelectThreads ? kernels::kSelectThreads
-                                                             : static_cast<unsigned>((wanted + 31) / 32 * 32);
-  vs::launch("grow_level", kernels::grow_select, {B, 1, 1}, threads,
-             kernels::grow_select_shared_bytes(p.R, p.V, p.K), p.stream, p, work, chunks, rows);
+  const kernels::GrowSizes sizes = kernels::grow_sizes(p);
+  auto* kernel = p.dtype == DType::f32   ? kernels::grow_level_blocks<float>
+                 : p.dtype == DType::f16 ? kernels::grow_level_blocks<vs::Half>
+                                         : kernels::grow_level_blocks<vs::BFloat16>;
+  vs::launch("grow_level", kernel, {sizes.chunks, static_cast<unsigned>(p.R), static_cast<unsigned>(p.B)},
+             kernels::kGrowThreads, kernels::grow_shared_bytes(sizes, p.K), p.stream, p,
+             kernels::grow_workspace(p), sizes);
 }
 
 }  // namespace vispec::cuda

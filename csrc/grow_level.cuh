@@ -1,150 +1,39 @@
-// Kernel bodies of grow_level: blocks find the best K columns of chunks of rows, a second kernel merges them
-// and chooses the best K children.
+// Kernel of grow_level, one launch: a block a chunk of a frontier row scans it, and the block of a batch row
+// that is done last goes on alone, from the chunks' best to all that the next level reads.
 //
-//   scan    (chunks, R, B)  best K and sum of exponentials of one chunk of a row
-//   select  (B)             every row's best K and its log-sum from its chunks, then the best K children
-//
-// A chunk's size depends on V alone, and chunks are merged in one order: a row's scores are the same bit for
-// bit in every batch. No exponential is taken before a chunk's maximum is known, so none is wasted; the
-// second pass over a chunk (16 KiB of bf16) finds it in the first-level cache.
+// Chunks are merged in one order, whichever block does it: the same bits every time. What a block leaves for
+// the last one goes through the workspace; nobody waits.
 #pragma once
 
-#include "logits.cuh"
-#include "ops.h"
+#include "grow_scan.cuh"
 
 namespace vispec::kernels {
 
-constexpr uint32_t kGrowThreads = 512;
-constexpr uint32_t kGrowGroups = 128;  // of 4 threads; at least K of them, and few enough to rank by counting
-constexpr uint32_t kSelectThreads = 1024;
-constexpr uint32_t kSelectKeys = 2048;  // that the merge holds in shared memory, if one row has no more
-constexpr float kLargest = 3.402823466e38f;
-
-// 8 rows of V = 152k are 152 blocks, all on 132 SMs at once. The merge gives each lane of a warp a chunk:
-// 32 at most.
-inline uint32_t grow_chunk(int64_t V) { return V <= 32 * 8192 ? 8192 : 16384; }
-inline uint32_t grow_chunks(int64_t V) {
-  return static_cast<uint32_t>((V + grow_chunk(V) - 1) / grow_chunk(V));
-}
-
-// Columns at or above the threshold lie in K groups; a thread reads whole vectors and two columns beside
-// them.
-inline size_t grow_list(int64_t V, int64_t K) {
-  return static_cast<size_t>(K) * (kGrowThreads / kGrowGroups) * (grow_chunk(V) / kGrowThreads + 2);
-}
-
-inline size_t grow_scan_shared_bytes(int64_t V, int64_t K) {
-  return vs::shared_bytes<uint64_t>(kGrowGroups) + vs::shared_bytes<uint64_t>(grow_list(V, K)) +
-         vs::shared_bytes<uint64_t>(kGrowThreads / vs::kWarpSize) + vs::shared_bytes<uint32_t>(1);
-}
+constexpr uint32_t kMergeKeys = 2048;  // that the merge holds in shared memory, if one row has no more
+constexpr uint32_t kGatherBatch = 4;   // words in flight in a thread
 
 // Rows whose chunks the merge takes at once.
 inline uint32_t grow_rows_at_once(int64_t R, int64_t V, int64_t K) {
-  const int64_t fitting = kSelectKeys / (grow_chunks(V) * K);
+  const int64_t fitting = kMergeKeys / (grow_chunks(V) * K);
   return static_cast<uint32_t>(fitting < 1 ? 1 : fitting < R ? fitting : R);
 }
 
-inline size_t grow_select_shared_bytes(int64_t R, int64_t V, int64_t K) {
-  const int64_t rows = grow_rows_at_once(R, V, K);
-  return vs::shared_bytes<uint64_t>(static_cast<size_t>(R * K)) +
-         vs::shared_bytes<uint64_t>(static_cast<size_t>(rows * grow_chunks(V) * K)) +
-         2 * vs::shared_bytes<float>(static_cast<size_t>(rows));
-}
-
-// What the scan leaves of each chunk.
-struct GrowWorkspace {
-  uint64_t* ranks;  // [B, R, chunks, K] rank keys, descending; 0 where the chunk has fewer columns
-  double* sums;     // [B, R, chunks] of exp(logit - best) of all columns but the best
+struct GrowSizes {
+  uint32_t columns, chunks, rows_at_once;
+  uint32_t
+      keys;  // in shared memory: the scan's list first, later the children and the entries merged at once
 };
 
-inline GrowWorkspace grow_workspace(const GrowLevel& p) {
-  const int64_t chunks = p.B * p.R * grow_chunks(p.V);
-  uint64_t* start = static_cast<uint64_t*>(p.workspace);
-  return {start, reinterpret_cast<double*>(start + chunks * p.K)};
+inline GrowSizes grow_sizes(const GrowLevel& p) {
+  const uint32_t chunks = grow_chunks(p.V), rows_at_once = grow_rows_at_once(p.R, p.V, p.K);
+  const size_t list = grow_list(p.V, p.K), merged = static_cast<size_t>((p.R + rows_at_once * chunks) * p.K);
+  return {grow_chunk(p.V), chunks, rows_at_once, static_cast<uint32_t>(list > merged ? list : merged)};
 }
 
-// NaN counts as -inf, +inf as the largest float.
-VS_DEVICE float usable_logit(float x) {
-  if (vs::is_nan(x)) return -vs::infinity();
-  return x > kLargest ? kLargest : x;
-}
-
-VS_DEVICE float usable_score(float x) { return vs::is_nan(x) ? -vs::infinity() : x; }
-
-// What exponentials are taken of differences to: the best logit, finite where that is -inf.
-VS_DEVICE float rank_base(uint64_t best) {
-  const float top = key_value(static_cast<uint32_t>(best >> 32));
-  return top < -kLargest ? -kLargest : top;
-}
-
-// A threshold at or below the K-th best column's rank key: K groups of threads have seen a column above it.
-VS_DEVICE uint64_t grow_threshold(uint64_t seen, uint32_t K, uint64_t* groups, uint64_t* result) {
-  constexpr uint32_t kGroup = kGrowThreads / kGrowGroups;
-  VS_UNROLL
-  for (uint32_t mask = kGroup / 2; mask > 0; mask /= 2) {
-    const uint64_t other = vs::shuffle_xor(seen, mask);
-    seen = other > seen ? other : seen;
-  }
-  const uint32_t thread = vs::thread_index();
-  if (thread % kGroup == 0) groups[thread / kGroup] = seen;
-  if (thread == 0) *result = 0;  // where fewer than K groups have a column, every column is listed
-  vs::sync_block();
-  if (thread < kGrowGroups && groups[thread] != 0) {
-    uint32_t better = 0;
-    for (uint32_t g = 0; g < kGrowGroups; ++g) better += groups[g] > groups[thread];
-    if (better == K - 1) *result = groups[thread];
-  }
-  vs::sync_block();
-  const uint64_t threshold = *result;
-  vs::sync_block();
-  return threshold;
-}
-
-template <typename T>
-VS_KERNEL void VS_BOUNDS(kGrowThreads, 2)
-    grow_scan(GrowLevel p, GrowWorkspace work, uint32_t columns, uint32_t most) {
-  vs::Shared shared;
-  uint64_t* groups = shared.array<uint64_t>(kGrowGroups);
-  uint64_t* list = shared.array<uint64_t>(most);
-  uint64_t* scratch = shared.array<uint64_t>(kGrowThreads / vs::kWarpSize);
-  uint32_t* listed = shared.array<uint32_t>(1);
-
-  const int64_t chunk = vs::block_index().x, r = vs::block_index().y, b = vs::block_index().z;
-  const uint32_t thread = vs::thread_index(), K = static_cast<uint32_t>(p.K), V = static_cast<uint32_t>(p.V);
-  const uint32_t begin = static_cast<uint32_t>(chunk) * columns;
-  const uint32_t end = V - begin < columns ? V : begin + columns;
-  const T* row = static_cast<const T*>(p.logits) + b * p.logits_batch_stride + r * p.logits_row_stride;
-
-  uint64_t seen = 0;
-  for_each_column(row, begin, end, [&](float x, uint32_t column) {
-    const uint64_t rank = rank_key(order_key(usable_logit(x)), column);
-    seen = rank > seen ? rank : seen;
-  });
-  const uint64_t best = block_max(seen, scratch);
-  const float base = rank_base(best);
-  const uint64_t threshold = grow_threshold(seen, K, groups, scratch);
-
-  if (thread == 0) *listed = 0;
-  vs::sync_block();
-  float sum = 0.0f;
-  for_each_column(row, begin, end, [&](float x, uint32_t column) {
-    const float value = usable_logit(x);
-    const uint64_t rank = rank_key(order_key(value), column);
-    if (rank != best) sum += vs::exp2_fast((value - base) * kLog2E);
-    if (rank >= threshold) list[vs::atomic_add(listed, 1u)] = rank;
-  });
-  const double others = block_sum(static_cast<double>(sum), reinterpret_cast<double*>(scratch));
-
-  const uint32_t count = *listed;
-  const int64_t place = (b * p.R + r) * vs::grid_size().x + chunk;
-  uint64_t* ranks = work.ranks + place * p.K;
-  for (uint32_t i = thread; i < count; i += kGrowThreads) {
-    uint32_t better = 0;
-    for (uint32_t j = 0; j < count; ++j) better += list[j] > list[i];
-    if (better < K) ranks[better] = list[i];
-  }
-  if (thread >= count && thread < K) ranks[thread] = 0;
-  if (thread == 0) work.sums[place] = others;
+inline size_t grow_shared_bytes(const GrowSizes& sizes, int64_t K) {
+  return vs::shared_bytes<uint64_t>(kGrowGroups) + vs::shared_bytes<uint64_t>(sizes.keys) +
+         vs::shared_bytes<uint64_t>(kGrowThreads / vs::kWarpSize) + 2 * vs::shared_bytes<uint32_t>(1) +
+         2 * vs::shared_bytes<float>(sizes.rows_at_once) + vs::shared_bytes<uint32_t>(static_cast<size_t>(K));
 }
 
 // Called by one whole warp, a lane a chunk: the base and the log-sum of a row. Doubles, and the best column's
@@ -181,58 +70,150 @@ VS_DEVICE uint32_t count_better(const uint64_t* ranks, uint32_t chunks, uint32_t
   return better;
 }
 
-// One block a batch row: a few frontier rows at a time become children; then all R*K children are ranked by
-// counting how many precede each.
-VS_KERNEL void VS_BOUNDS(kSelectThreads, 1)
-    grow_select(GrowLevel p, GrowWorkspace work, uint32_t chunks, uint32_t rows_at_once) {
-  const uint32_t K = static_cast<uint32_t>(p.K), R = static_cast<uint32_t>(p.R), children = R * K;
-  const uint32_t a_row = chunks * K;
-  vs::Shared shared;
-  uint64_t* ranks = shared.array<uint64_t>(children);
-  uint64_t* entries = shared.array<uint64_t>(rows_at_once * a_row);
-  float* bases = shared.array<float>(rows_at_once);
-  float* log_sums = shared.array<float>(rows_at_once);
-  const int64_t b = vs::block_index().x;
-  const int64_t first = b * p.N + p.offset;
-  const uint32_t thread = vs::thread_index(), threads = vs::thread_count();
-  for (uint32_t done = 0; done < R; done += rows_at_once) {
-    const uint32_t rows = R - done < rows_at_once ? R - done : rows_at_once;
-    const int64_t start = (b * p.R + done) * chunks;
-    for (uint32_t i = thread; i < rows * a_row; i += threads) entries[i] = work.ranks[start * p.K + i];
-    vs::sync_block();
-    for (uint32_t r = vs::warp_index(); r < rows; r += vs::warp_count()) {
-      merge_sums(entries + r * a_row, work.sums + start + r * chunks, chunks, K, bases + r, log_sums + r);
-    }
-    vs::sync_block();
-    for (uint32_t i = thread; i < rows * a_row; i += threads) {
-      const uint64_t rank = entries[i];
-      const uint32_t r = i / a_row;
-      const uint32_t better = rank == 0 ? K : count_better(entries + r * a_row, chunks, K, rank);
-      if (better >= K) continue;
-      const uint32_t column = rank_index(rank), child = (done + r) * K + better;
-      const float value = key_value(static_cast<uint32_t>(rank >> 32));
-      const float parent_score = p.frontier_scores[b * p.R + done + r];
-      const float score = usable_score(parent_score + ((value - bases[r]) - log_sums[r]));
-      p.candidate_tokens[first + child] =
-          p.head_tokens == nullptr ? static_cast<int64_t>(column) : p.head_tokens[column];
-      p.candidate_scores[first + child] = score;
-      p.candidate_parents[first + child] = p.frontier[b * p.R + done + r];
-      ranks[child] = rank_key(order_key(score), child);
-    }
-    vs::sync_block();  // the next rows' entries overwrite these
+// Turns the entries of `rows` frontier rows from `done` on into children: candidates, and their rank keys.
+VS_DEVICE void score_children(const GrowLevel& p, uint32_t done, uint32_t rows, uint32_t chunks,
+                              const uint64_t* entries, const float* bases, const float* log_sums,
+                              uint64_t* ranks) {
+  const uint32_t K = static_cast<uint32_t>(p.K), a_row = chunks * K;
+  const int64_t b = vs::block_index().z, first = b * p.N + p.offset;
+  for (uint32_t i = vs::thread_index(); i < rows * a_row; i += vs::thread_count()) {
+    const uint64_t rank = entries[i];
+    const uint32_t r = i / a_row;
+    const uint32_t better = rank == 0 ? K : count_better(entries + r * a_row, chunks, K, rank);
+    if (better >= K) continue;
+    const uint32_t column = rank_index(rank), child = (done + r) * K + better;
+    const float value = key_value(static_cast<uint32_t>(rank >> 32));
+    const float parent_score = p.frontier_scores[b * p.R + done + r];
+    const float score = usable_score(parent_score + ((value - bases[r]) - log_sums[r]));
+    p.candidate_tokens[first + child] =
+        p.head_tokens == nullptr ? static_cast<int64_t>(column) : p.head_tokens[column];
+    p.candidate_scores[first + child] = score;
+    p.candidate_parents[first + child] = p.frontier[b * p.R + done + r];
+    ranks[child] = rank_key(order_key(score), child);
   }
-  for (uint32_t i = thread; i < children; i += threads) {
+}
+
+// The best K of all children, ranked by counting how many precede each; `rows` gets the row of each.
+VS_DEVICE void choose_frontier(const GrowLevel& p, const uint64_t* ranks, uint32_t* rows) {
+  const uint32_t K = static_cast<uint32_t>(p.K), children = static_cast<uint32_t>(p.R) * K;
+  const int64_t b = vs::block_index().z, first = b * p.N + p.offset;
+  for (uint32_t i = vs::thread_index(); i < children; i += vs::thread_count()) {
     const uint64_t rank = ranks[i];
     uint32_t better = 0;
     for (uint32_t j = 0; j < children; ++j) better += ranks[j] > rank;
     if (better < K) {
       const int64_t out = b * p.K + better;
+      rows[better] = i / K;
       p.next_frontier[out] = p.offset + i;
       p.next_rows[out] = i / K;
       p.next_tokens[out] = p.candidate_tokens[first + i];
       p.next_scores[out] = key_value(static_cast<uint32_t>(rank >> 32));
     }
   }
+}
+
+// Each node sees what its row sees, and its own slot.
+VS_DEVICE void write_ancestors(const GrowLevel& p, const uint32_t* rows) {
+  const uint32_t K = static_cast<uint32_t>(p.K), slots = static_cast<uint32_t>(p.slots);
+  const uint32_t before = (slots + 63) / 64, words = (slots + K + 63) / 64;
+  const int64_t b = vs::block_index().z;
+  for (uint32_t i = vs::thread_index(); i < K * words; i += vs::thread_count()) {
+    const uint32_t k = i / words, w = i % words, own = slots + k;
+    uint64_t word = own / 64 == w ? uint64_t{1} << own % 64 : 0;
+    if (w < before) word |= static_cast<uint64_t>(p.ancestors[(b * p.R + rows[k]) * before + w]);
+    p.next_ancestors[b * p.K * words + i] = static_cast<int64_t>(word);
+  }
+}
+
+template <typename Word>
+VS_DEVICE void gather_words(const GrowLevel& p, const uint32_t* rows) {
+  const uint32_t words = static_cast<uint32_t>(p.C * p.hidden_bytes / static_cast<int64_t>(sizeof(Word)));
+  const uint32_t total = static_cast<uint32_t>(p.K) * words, threads = vs::thread_count();
+  const int64_t b = vs::block_index().z;
+  const unsigned char* source =
+      static_cast<const unsigned char*>(p.hidden) + b * p.hidden_batch_stride * p.hidden_bytes;
+  Word* target = static_cast<Word*>(p.next_hidden) + b * total;
+  for (uint32_t first = vs::thread_index(); first < total; first += threads * kGatherBatch) {
+    Word batch[kGatherBatch];
+    VS_UNROLL
+    for (uint32_t j = 0; j < kGatherBatch; ++j) {
+      const uint32_t i = first + j * threads;
+      if (i < total) {
+        batch[j] = vs::load<Word>(source + rows[i / words] * p.hidden_row_stride * p.hidden_bytes +
+                                  i % words * sizeof(Word));
+      }
+    }
+    VS_UNROLL
+    for (uint32_t j = 0; j < kGatherBatch; ++j) {
+      if (first + j * threads < total) vs::store<Word>(target + first + j * threads, batch[j]);
+    }
+  }
+}
+
+// 16 bytes at a time where every row starts at a multiple of 16, else an element's half or whole.
+VS_DEVICE void gather_hidden(const GrowLevel& p, const uint32_t* rows) {
+  const uintptr_t together = reinterpret_cast<uintptr_t>(p.hidden) |
+                             reinterpret_cast<uintptr_t>(p.next_hidden) |
+                             static_cast<uintptr_t>(p.hidden_batch_stride * p.hidden_bytes) |
+                             static_cast<uintptr_t>(p.hidden_row_stride * p.hidden_bytes) |
+                             static_cast<uintptr_t>(p.C * p.hidden_bytes);
+  if (together % 16 == 0) {
+    gather_words<vs::Word16>(p, rows);
+  } else {
+    gather_words<uint16_t>(p, rows);
+  }
+}
+
+// The rest of a batch row's level, by one block, from what all its blocks left in the workspace: a few
+// frontier rows at a time become children, the best of them the next frontier.
+VS_DEVICE void finish_level(const GrowLevel& p, const GrowWorkspace& work, const GrowSizes& sizes,
+                            uint64_t* ranks, uint64_t* entries, float* bases, float* log_sums,
+                            uint32_t* rows) {
+  const uint32_t K = static_cast<uint32_t>(p.K), R = static_cast<uint32_t>(p.R);
+  const uint32_t chunks = sizes.chunks, a_row = chunks * K;
+  for (uint32_t done = 0; done < R; done += sizes.rows_at_once) {
+    const uint32_t taken = R - done < sizes.rows_at_once ? R - done : sizes.rows_at_once;
+    const int64_t start = (vs::block_index().z * p.R + done) * chunks;
+    for (uint32_t i = vs::thread_index(); i < taken * a_row; i += vs::thread_count()) {
+      entries[i] = work.ranks[start * p.K + i];
+    }
+    vs::sync_block();
+    for (uint32_t r = vs::warp_index(); r < taken; r += vs::warp_count()) {
+      merge_sums(entries + r * a_row, work.sums + start + r * chunks, chunks, K, bases + r, log_sums + r);
+    }
+    vs::sync_block();
+    score_children(p, done, taken, chunks, entries, bases, log_sums, ranks);
+    vs::sync_block();  // the next rows' entries overwrite these
+  }
+  choose_frontier(p, ranks, rows);
+  vs::sync_block();
+  if (p.next_ancestors != nullptr) write_ancestors(p, rows);
+  if (p.next_hidden != nullptr) gather_hidden(p, rows);
+}
+
+template <typename T>
+VS_KERNEL void VS_BOUNDS(kGrowThreads, 2)
+    grow_level_blocks(GrowLevel p, GrowWorkspace work, GrowSizes sizes) {
+  vs::Shared shared;
+  uint64_t* groups = shared.array<uint64_t>(kGrowGroups);
+  uint64_t* keys = shared.array<uint64_t>(sizes.keys);
+  uint64_t* scratch = shared.array<uint64_t>(kGrowThreads / vs::kWarpSize);
+  uint32_t* listed = shared.array<uint32_t>(1);
+  uint32_t* last = shared.array<uint32_t>(1);
+  float* bases = shared.array<float>(sizes.rows_at_once);
+  float* log_sums = shared.array<float>(sizes.rows_at_once);
+  uint32_t* rows = shared.array<uint32_t>(static_cast<size_t>(p.K));
+
+  scan_chunk<T>(p, work, sizes.columns, groups, keys, scratch, listed);
+  vs::sync_block();
+  if (vs::thread_index() == 0) {
+    uint32_t* arrivals = p.arrivals + vs::block_index().z;
+    const uint32_t blocks = sizes.chunks * static_cast<uint32_t>(p.R);
+    *last = vs::arrive_last(arrivals, blocks) ? 1 : 0;
+  }
+  vs::sync_block();
+  if (*last == 0) return;
+  finish_level(p, work, sizes, keys, keys + p.R * p.K, bases, log_sums, rows);
 }
 
 }  // namespace vispec::kernels

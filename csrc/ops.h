@@ -15,8 +15,9 @@ namespace vispec {
 enum class DType : int32_t { f32 = 0, f16 = 1, bf16 = 2 };
 
 // One level of the draft tree: log-softmax of every frontier row, its best K tokens, cumulative scores,
-// and the best K of all R*K children as the next frontier. Ties: higher score first, then lower index.
-// NaN logits count as -inf; log-probabilities never exceed 0, so a child never outranks its parent.
+// and the best K of all R*K children as the next frontier, with what the draft's next pass reads of each.
+// Ties: higher score first, then lower index. NaN logits count as -inf; log-probabilities never exceed 0, so
+// a child never outranks its parent.
 struct GrowLevel {
   const void* logits;           // [B, R, V] dtype
   int64_t logits_batch_stride;  // elements
@@ -32,8 +33,18 @@ struct GrowLevel {
   int64_t* next_rows;            // [B, K] the row in [0, R) that each one descends from
   int64_t* next_tokens;          // [B, K]
   float* next_scores;            // [B, K]
+  int64_t slots;                 // of the draft's tail before the next frontier's own
+  const int64_t* ancestors;      // [B, R, ceil(slots / 64)] tail slots that each row sees
+  int64_t* next_ancestors;       // [B, K, ceil((slots + K) / 64)] its row's, and slot slots + k; or null
+  const void* hidden;            // [B, R, C] of hidden_bytes an element
+  int64_t hidden_batch_stride;   // elements
+  int64_t hidden_row_stride;     // elements
+  int64_t hidden_bytes;          // a multiple of 2
+  void* next_hidden;             // [B, K, C] the row of `hidden` that each one descends from; or null
+  int64_t C;
   int64_t B, R, V, K, N, offset;
-  void* workspace;  // GPU only: see grow_level_workspace_bytes
+  uint32_t* arrivals;  // [B] zeros, and zeros again afterwards; GPU only
+  void* workspace;     // GPU only: see grow_level_workspace_bytes
   void* stream;
 };
 

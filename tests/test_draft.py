@@ -18,7 +18,7 @@ from vispec.drafts.vispec import ViSpecDraftConfig
 from vispec.ops import use_backend
 from vispec.prompt import Span
 from vispec.targets import load_target
-from vispec.tree import ancestor_words
+from vispec.tree import chain_words, seen_slots
 
 
 @pytest.fixture(scope="module")
@@ -285,13 +285,13 @@ def test_levels_and_catch_up_read_the_cache_through_the_kernel(dtype, monkeypatc
         with torch.inference_mode(), use_backend(backend):
             _, _, first, session = started(SimpleNamespace(model=model, batch=in_dtype(model.dtype)), draft, prompts)
             generator = torch.Generator().manual_seed(1)
-            found, ancestors = [], torch.eye(4, dtype=torch.bool).expand(2, -1, -1)
+            found, ancestors = [], torch.tensor([[[1], [2], [4], [8]]]).repeat(2, 1, 1)
             for level in range(3):
                 tokens = torch.randint(3, tiny.VOCABULARY, (2, 4), generator=generator)
                 parents = torch.randn(2, 4, 128, generator=generator).to(draft.fc.weight.dtype)
                 found.append(session._level(level, tokens, parents, ancestors))
-                own_bits = torch.eye(4, dtype=torch.bool).expand(2, -1, -1)
-                ancestors = torch.cat([ancestors.roll(1, 1), own_bits], -1)
+                own_bits = 1 << 4 * (level + 1) + torch.arange(4)[:, None]
+                ancestors = ancestors.roll(1, 1) | own_bits
             features = torch.randn(2, 3, 128, generator=generator).to(draft.fc.weight.dtype)
             session.commit(features, first[:, None].expand(-1, 3), torch.tensor([3, 1]), [3, 1])
             return [output.float() for output in (*found, session._last)]
@@ -307,9 +307,18 @@ def test_levels_and_catch_up_read_the_cache_through_the_kernel(dtype, monkeypatc
 
 
 @pytest.mark.parametrize("slots", [1, 63, 64, 65, 130])
-def test_ancestor_words_are_the_masks_bits(slots):
-    seen = torch.rand(2, 5, slots, generator=torch.Generator().manual_seed(slots)) < 0.5
-    words = ancestor_words(seen)
-    assert words.shape == (2, 5, (slots + 63) // 64) and words.dtype == torch.int64
-    place = torch.arange(slots)
-    assert torch.equal((words[:, :, place // 64] >> (place % 64)) & 1 == 1, seen)
+def test_words_are_the_masks_bits(slots):
+    words = torch.randint(-(1 << 63), (1 << 63) - 1, (2, 5, (slots + 63) // 64))
+    seen = seen_slots(words, slots)
+    assert seen.shape == (2, 5, slots) and seen.dtype == torch.bool
+    for place in range(slots):
+        assert torch.equal(seen[:, :, place], (words[:, :, place // 64] >> (place % 64)) & 1 == 1)
+
+
+@pytest.mark.parametrize("nodes", [1, 2, 63, 64, 65, 128, 130])
+def test_a_node_of_a_chain_sees_all_before_it(nodes):
+    words = chain_words(2, nodes, torch.device("cpu"))
+    assert words.shape == (2, nodes, (nodes + 63) // 64) and words.is_contiguous()
+    assert torch.equal(seen_slots(words, nodes), torch.ones(2, nodes, nodes, dtype=torch.bool).tril())
+    # Nor anything behind the chain's end.
+    assert not seen_slots(words, words.shape[2] * 64)[:, :, nodes:].any()

@@ -5,7 +5,6 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 MAX_NODES = 256
@@ -116,9 +115,7 @@ class DraftTree:
 
     def mask(self) -> Tensor:
         """Who sees whom among the nodes: [B, T, T] bool, row i true at its ancestors and itself."""
-        bit = torch.arange(self.size, device=self.tokens.device)
-        words = self.ancestors[:, :, bit // 64]
-        return (words >> (bit % 64)) & 1 == 1
+        return seen_slots(self.ancestors, self.size)
 
     def paths(self) -> list[list[list[int]]]:
         """Every root-to-leaf path of every row as node indices, in order of the leaves (for people and tests)."""
@@ -136,8 +133,16 @@ class DraftTree:
         return rows
 
 
-def ancestor_words(seen: Tensor) -> Tensor:
-    """Who sees whom, [B, T, S] bool, as bits: [B, T, ceil(S / 64)] int64, bit i % 64 of word i // 64 for slot i."""
-    whole = F.pad(seen, (0, -seen.shape[2] % 64)).unflatten(2, (-1, 64))
-    # Bit 63 is the sign; distinct bits add up without a carry.
-    return (whole.long() << torch.arange(64, device=seen.device)).sum(-1)
+def seen_slots(words: Tensor, slots: int) -> Tensor:
+    """Who sees whom, [B, T, slots] bool, from words [B, T, ceil(slots / 64)]: bit i % 64 of word i // 64 for slot i."""
+    bits = words[..., None] >> torch.arange(64, device=words.device) & 1
+    return bits.flatten(2)[..., :slots].bool()
+
+
+def chain_words(batch: int, nodes: int, device: torch.device) -> Tensor:
+    """The words of a chain, [B, T, ceil(T / 64)] int64: node i sees nodes 0 to i."""
+    seen = torch.arange(1, nodes + 1, device=device)[:, None]
+    if nodes > 64:
+        seen = (seen - torch.arange(0, nodes, 64, device=device)).clamp(0, 64)
+    # A shift by 64 leaves 0, which less 1 is all bits.
+    return ((1 << seen) - 1).expand(batch, -1, -1).contiguous()

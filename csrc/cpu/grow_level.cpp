@@ -1,5 +1,6 @@
 #include <algorithm>
 #include <cmath>
+#include <cstring>
 #include <vector>
 
 #include "cpu/pool.h"
@@ -70,6 +71,29 @@ void write_frontier(const GrowLevel& op, int64_t b) {
   }
 }
 
+// Each node sees what its row sees, and its own slot.
+void write_ancestors(const GrowLevel& op, int64_t b) {
+  const int64_t before = (op.slots + 63) / 64, words = (op.slots + op.K + 63) / 64;
+  for (int64_t k = 0; k < op.K; ++k) {
+    int64_t* out = op.next_ancestors + (b * op.K + k) * words;
+    const int64_t row = b * op.R + op.next_rows[b * op.K + k], own = op.slots + k;
+    for (int64_t w = 0; w < words; ++w) {
+      uint64_t word = own / 64 == w ? uint64_t{1} << own % 64 : 0;
+      if (w < before) word |= static_cast<uint64_t>(op.ancestors[row * before + w]);
+      out[w] = static_cast<int64_t>(word);
+    }
+  }
+}
+
+void gather_hidden(const GrowLevel& op, int64_t b) {
+  const char* source = static_cast<const char*>(op.hidden) + b * op.hidden_batch_stride * op.hidden_bytes;
+  const int64_t bytes = op.C * op.hidden_bytes;
+  for (int64_t at = b * op.K; at < (b + 1) * op.K; ++at) {
+    const char* row = source + op.next_rows[at] * op.hidden_row_stride * op.hidden_bytes;
+    std::memcpy(static_cast<char*>(op.next_hidden) + at * bytes, row, static_cast<size_t>(bytes));
+  }
+}
+
 }  // namespace
 
 void grow_level(const GrowLevel& op) {
@@ -93,7 +117,11 @@ void grow_level(const GrowLevel& op) {
     for (int64_t task = 0; task < tasks; ++task) scan(task);
   for (int64_t row = 0; row < rows_total; ++row)
     write_row(op, row / op.R, row % op.R, parts.data() + row * per_row, per_row);
-  for (int64_t b = 0; b < op.B; ++b) write_frontier(op, b);
+  for (int64_t b = 0; b < op.B; ++b) {
+    write_frontier(op, b);
+    if (op.next_ancestors != nullptr) write_ancestors(op, b);
+    if (op.next_hidden != nullptr) gather_hidden(op, b);
+  }
 }
 
 }  // namespace vispec::cpu

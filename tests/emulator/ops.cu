@@ -43,7 +43,7 @@ struct Logits {
 };
 
 void grow(DType dtype, int kind, int64_t V) {
-  constexpr int64_t B = 1, R = 2, K = 4, N = R * K + 1;
+  constexpr int64_t B = 2, R = 2, K = 4, N = R * K + 1, C = 40, slots = 62;
   Logits logits(B * R, V, dtype, kind);
   Buffer<float> frontier_scores(B * R, -1.0f), scores(B * N), next_scores(B * K);
   Buffer<int64_t> frontier(B * R, 3), tokens(B * N), parents(B * N), next_frontier(B * K), rows(B * K),
@@ -63,11 +63,30 @@ void grow(DType dtype, int kind, int64_t V) {
   p.next_tokens = next.get();
   p.next_scores = next_scores.get();
   p.B = B, p.R = R, p.V = V, p.K = K, p.N = N, p.offset = 1;
+  Buffer<int64_t> ancestors(B * R, 5), next_ancestors(B * K * 2);
+  Buffer<uint16_t> hidden(B * R * C), next_hidden(B * K * C);
+  for (size_t i = 0; i < hidden.size(); ++i) hidden[i] = static_cast<uint16_t>(i / C % R);
+  p.ancestors = ancestors.get(), p.next_ancestors = next_ancestors.get(), p.slots = slots;
+  p.hidden = hidden.get(), p.next_hidden = next_hidden.get();
+  p.hidden_batch_stride = R * C, p.hidden_row_stride = C, p.hidden_bytes = 2, p.C = C;
+  Buffer<uint32_t> arrivals(B);
+  p.arrivals = arrivals.get();
   Buffer<uint64_t> workspace(static_cast<size_t>(vispec::cuda::grow_level_workspace_bytes(B, R, V, K)) / 8,
                              ~uint64_t{0});
   p.workspace = workspace.get();
-  vispec::cuda::grow_level(p);
-  for (size_t i = 1; i < K; ++i) EXPECT(next_scores[i] <= next_scores[i - 1], static_cast<long long>(i));
+  for (int call = 0; call < 2; ++call) {  // the second finds the counters as the first left them
+    vispec::cuda::grow_level(p);
+    for (size_t i = 0; i < B * K; ++i) {
+      const size_t k = i % K, own = slots + k, word = 2 * i + own / 64, other = 2 * i + 1 - own / 64;
+      const int64_t bit = static_cast<int64_t>(uint64_t{1} << own % 64);
+      EXPECT(k == 0 || next_scores[i] <= next_scores[i - 1], static_cast<long long>(i));
+      EXPECT(next_ancestors[word] == (own < 64 ? bit | 5 : bit), static_cast<long long>(i));
+      EXPECT(next_ancestors[other] == (own < 64 ? 0 : 5), static_cast<long long>(i));
+      for (size_t c = 0; c < C; ++c)
+        EXPECT(next_hidden[i * C + c] == static_cast<uint16_t>(rows[i]), static_cast<long long>(i));
+    }
+    for (size_t b = 0; b < B; ++b) EXPECT(arrivals[b] == 0, static_cast<long long>(b));
+  }
 }
 
 void build() {

@@ -26,12 +26,14 @@ def build(
     *,
     kernels: Sequence[str] = (),
     altered: Mapping[str, Path] | None = None,
+    name: str = "altered",
 ) -> Path:
     """The path of tests/emulator/`program`.cu compiled for the emulator into `folder`.
 
     Args:
         kernels: files of csrc to link as well.
         altered: for some of `kernels` the file to compile instead, in a changed copy of csrc.
+        name: of the alteration, where a test run makes several.
     """
     altered = altered or {}
     csrc = ROOT / "csrc"
@@ -42,12 +44,12 @@ def build(
     sources |= {Path(name).stem: altered.get(name, csrc / name) for name in kernels}
     objects = []
     for stem, file in sources.items():
-        changed = "altered-" if file in altered.values() else ""
+        changed = f"{name}-" if file in altered.values() else ""
         place = folder / f"{flavour}-{changed}{stem}.o"
         objects.append(place)
         if not place.exists():
             run([*common, "-x", "c++", "-c", file, "-o", place])
-    path = folder / f"{flavour}-{'altered-' if altered else ''}{program}"
+    path = folder / f"{flavour}-{f'{name}-' if altered else ''}{program}"
     if not path.exists():
         run([*common, *objects, "-o", path])
     return path

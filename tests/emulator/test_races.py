@@ -8,7 +8,8 @@ from tests.emulator import programs
 
 # File, what stands right before a barrier, and the function whose accesses it orders.
 BARRIERS = [
-    ("grow_level.cuh", "ranks[child] = rank_key(order_key(score), child);\n    }\n", "grow_select"),
+    ("grow_level.cuh", "entries, bases, log_sums, ranks);\n", "choose_frontier"),
+    ("grow_level.cuh", "groups, keys, scratch, listed);\n", "finish_level"),
     ("adaptor.cuh", "[vs::warp_index() * kWeighQueries + vs::lane_index()] = value;\n", "combine_rows"),
     ("adaptor.cuh", "vs::copy_wait<kScoreStages - 2>();\n", "multiply_scores"),
     ("adaptor.cuh", "vs::copy_wait<kSumStages - 2>();\n", "multiply_sums"),
@@ -45,3 +46,19 @@ def test_removed_barriers_are_races(folder, tmp_path):
     assert done.returncode == 66, done.stderr
     for file, _, function in BARRIERS:
         assert f"{file}:" in done.stderr and function in done.stderr, (file, function, done.stderr)
+
+
+def test_a_removed_fence_is_a_race(folder, tmp_path):
+    """Arrivals that are only counted do not order what the other blocks left for the last one."""
+    source = tmp_path / "without" / "csrc"
+    shutil.copytree(programs.ROOT / "csrc", source)
+    text, arrival = (source / "grow_level.cuh").read_text(), "vs::arrive_last(arrivals, blocks)"
+    assert text.count(arrival) == 1, "the place of the arrival has changed"
+    counted = text.replace(arrival, "vs::atomic_add(arrivals, 1u) == blocks - 1")
+    (source / "grow_level.cuh").write_text(counted)
+    altered = {"grow_level.cu": source / "grow_level.cu"}
+    program = programs.build("ops", "thread", folder, kernels=programs.KERNELS, altered=altered, name="unordered")
+    done = programs.call(program, seed=1)
+    assert done.returncode == 66, done.stderr
+    for function in ("finish_level", "merge_sums"):
+        assert "grow_level.cuh:" in done.stderr and function in done.stderr, (function, done.stderr)

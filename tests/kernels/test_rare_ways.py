@@ -26,6 +26,7 @@ def grown(backend, logits: torch.Tensor, K: int) -> dict:
         "next_rows": integers(B, K),
         "next_tokens": integers(B, K),
         "next_scores": floats(B, K),
+        "arrivals": torch.zeros(B, dtype=torch.int32),
     }
     scores = -torch.arange(R).float().repeat(B, 1)
     return backend.run(grow_level, logits, scores, torch.arange(R).repeat(B, 1), offset=0, **places)

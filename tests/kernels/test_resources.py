@@ -31,8 +31,7 @@ BUDGETS = {
     "attention_splits": 255,  # at head 256; the sums alone are 128
     "build_tree_rows": 40,
     "commit_columns": 128,
-    "grow_scan": 40,
-    "grow_select": 64,
+    "grow_level_blocks": 64,  # two blocks of 512 threads an SM
     "rms_norm_rows": 64,
     "rope_append_columns": 64,
     "silu_mul_rows": 64,
@@ -63,7 +62,7 @@ def _compile(source: Path, output: Path) -> str:
 
 
 def _name(mangled: str) -> str:
-    """The kernel's own name: `grow_scan` of `_ZN6vispec7kernels9grow_scanI...`."""
+    """The kernel's own name: `rms_norm_rows` of `_ZN6vispec7kernels13rms_norm_rowsI...`."""
     place, name = mangled.index("_ZN") + 3, mangled
     while match := re.match(r"(\d+)", mangled[place:]):
         start = place + len(match.group(1))
@@ -101,7 +100,7 @@ def test_local_memory_is_noticed(tmp_path):
     """An array indexed at run time lives in local memory, which the report must show."""
     source = tmp_path / "local.cu"
     source.write_text(
-        "namespace vispec { __global__ void grow_scan(int* out, int n) {\n"
+        "namespace vispec { __global__ void rms_norm_rows(int* out, int n) {\n"
         "  int values[64];\n"
         "  for (int i = 0; i < 64; ++i) values[i] = out[i] * n;\n"
         "  for (int i = 0; i < n; ++i) values[out[i] & 63] += i;\n"
@@ -109,4 +108,4 @@ def test_local_memory_is_noticed(tmp_path):
         "} }\n"
     )
     ((name, _, local_bytes),) = _kernels(_compile(source, tmp_path / "local.cubin"))
-    assert (name, local_bytes >= 256) == ("grow_scan", True)
+    assert (name, local_bytes >= 256) == ("rms_norm_rows", True)

@@ -67,6 +67,7 @@ def test_the_op_reads_what_the_region_computed_and_the_region_what_the_op_wrote(
             candidate_parents=parents,
             offset=1,
             next_scores=torch.zeros(1, K),
+            arrivals=torch.zeros(1, dtype=torch.int32),
             **chosen,
         )
         return chosen["next_tokens"] + 1, candidate_scores.exp()

@@ -152,10 +152,10 @@ def test_chains_are_what_a_generation_drafts(name, queries):
         with torch.inference_mode():
             session = draft.start(target, target.prefill(prompts[row]), tokens[:, 0])
             for root in range(count):
-                parent, ancestors = session._last[:, None], torch.ones(1, 1, 1, dtype=torch.bool)
+                parent, ancestors = session._last[:, None], torch.ones(1, 1, 1, dtype=torch.int64)
                 for number in range(1, min(deep, count - root)):
                     parent = session._level(number - 1, tokens[:, root + number, None], parent, ancestors)
-                    ancestors = torch.ones(1, 1, number + 1, dtype=torch.bool)
+                    ancestors = 2 * ancestors + 1
                     actual = said.predicted[number, place + root + number]
                     torch.testing.assert_close(actual, parent[0, 0], rtol=1e-3, atol=1e-3)
                 if root + 1 < count:

@@ -14,12 +14,20 @@ from vispec.tree import DraftTree
 
 
 class Frontier(NamedTuple):
-    """The nodes of one level that are expanded next, [B, K] each: see `ops.grow_level`."""
+    """The nodes of one level that are expanded next, [B, K] each, and what a pass over them reads beside their tokens.
+
+    Level l's node k lies in slot l * K + k of the draft's tail. See `ops.grow_level`.
+
+    Attributes:
+        ancestors: [B, K, W] the slots that each node sees; None before the first level, and where nobody asked.
+        hidden: [B, K, C] the output of the pass that each node was proposed by; None where nobody asked.
+    """
 
     candidates: Tensor
-    rows: Tensor
     tokens: Tensor
     scores: Tensor
+    ancestors: Tensor | None = None
+    hidden: Tensor | None = None
 
 
 class TreeGrower:
@@ -35,23 +43,37 @@ class TreeGrower:
         self._tokens = torch.empty(batch, plan.tree.candidates, dtype=torch.int64, device=device)
         self._parents = torch.empty_like(self._tokens)
         self._scores = torch.empty_like(self._tokens, dtype=torch.float32)
+        # Cleared once a tree, and by every level after itself: the levels of a tree come one after another.
+        self._arrivals = torch.zeros(batch, dtype=torch.int32, device=device)
 
     def root(self) -> Frontier:
         """The frontier of the roots alone."""
         shape, device = (len(self._roots), 1), self._roots.device
         return Frontier(
             candidates=torch.full(shape, -1, dtype=torch.int64, device=device),
-            rows=torch.zeros(shape, dtype=torch.int64, device=device),
             tokens=self._roots[:, None],
             scores=torch.zeros(shape, dtype=torch.float32, device=device),
         )
 
-    def grow(self, logits: Tensor, frontier: Frontier) -> Frontier:
-        """Scores the children of a frontier by logits [B, R, Vd]; picks the next frontier."""
-        batch, device, top_k = len(logits), logits.device, self.plan.tree.top_k
+    def grow(self, logits: Tensor, frontier: Frontier, hidden: Tensor | None = None) -> Frontier:
+        """Scores the children of a frontier by logits [B, R, Vd]; picks the next frontier.
+
+        With `hidden` [B, R, C], the output of the pass over the frontier, the next one comes with what another such
+        pass reads; not on the tree's last level, behind which there is none.
+        """
+        batch, top_k, tree = len(logits), self.plan.tree.top_k, self.plan.tree
+        slots = self.levels * top_k
+
+        def integers(*shape: int) -> Tensor:
+            return torch.empty(batch, top_k, *shape, dtype=torch.int64, device=logits.device)
+
+        last = hidden is None or self.levels == tree.depth
         following = Frontier(
-            *(torch.empty(batch, top_k, dtype=torch.int64, device=device) for _ in range(3)),
-            scores=torch.empty(batch, top_k, dtype=torch.float32, device=device),
+            candidates=integers(),
+            tokens=integers(),
+            scores=torch.empty(batch, top_k, dtype=torch.float32, device=logits.device),
+            ancestors=None if last else integers((slots + top_k + 63) // 64),
+            hidden=None if last else hidden.new_empty(batch, top_k, hidden.shape[2]),
         )
         ops.grow_level(
             logits,
@@ -62,10 +84,16 @@ class TreeGrower:
             candidate_parents=self._parents,
             offset=self._grown,
             next_frontier=following.candidates,
-            next_rows=following.rows,
+            next_rows=integers(),
             next_tokens=following.tokens,
             next_scores=following.scores,
+            arrivals=self._arrivals,
             head_tokens=self.head.tokens,
+            slots=slots,
+            ancestors=frontier.ancestors,
+            next_ancestors=following.ancestors,
+            hidden=hidden,
+            next_hidden=following.hidden,
         )
         self.levels += 1
         self._grown += logits.shape[1] * top_k

@@ -11,7 +11,7 @@ from torch import Tensor
 from vispec.drafts.base import Plan
 from vispec.prompt import Prompt
 from vispec.targets import Target
-from vispec.tree import DraftTree
+from vispec.tree import DraftTree, chain_words
 
 LONGEST_MATCH = 3
 
@@ -58,7 +58,7 @@ class PromptLookupSession:
             tokens=tokens.to(device),
             parents=(depths - 1).expand(batch, -1).contiguous().to(device),
             depths=depths.expand(batch, -1).contiguous().to(device),
-            ancestors=((2 << depths) - 1).expand(batch, -1)[..., None].contiguous().to(device),
+            ancestors=chain_words(batch, nodes, device),
             scores=torch.zeros(batch, nodes, device=device),
             longest_path=nodes,
         )

@@ -13,7 +13,7 @@ from vispec.cache import GROWTH_SLOTS, KeyValueCache
 from vispec.drafts.growth import TreeGrower
 from vispec.drafts.head import DraftHead
 from vispec.prompt import Prompt
-from vispec.tree import DraftTree, TreeConfig
+from vispec.tree import DraftTree, TreeConfig, chain_words
 
 if TYPE_CHECKING:
     from vispec.drafts.base import Plan
@@ -107,9 +107,8 @@ class ViSpecSession:
         device = tokens.device
         hidden = self.runtime.rows(self.embedding(tokens), features, self._constant)
         self.cache.begin(count)
-        causal = torch.ones(count, count, dtype=torch.bool, device=device).tril().expand(batch, -1, -1)
         positions = self._positions[:, None] + torch.arange(count, device=device)
-        output = self.draft(hidden, positions, causal, self.cache)
+        output = self.draft(hidden, positions, chain_words(batch, count, device), self.cache)
         last = output[torch.arange(batch, device=device), (counts - 1).clamp(min=0)]
         self._last.copy_(torch.where((counts > 0)[:, None], last, self._last))
         self.cache.advance(counts, host_counts)
@@ -117,22 +116,13 @@ class ViSpecSession:
 
     def propose(self, root_tokens: Tensor, plan: Plan) -> DraftTree:
         """Grows the tree level by level; see `DraftSession.propose`. No loop runs over nodes."""
-        batch, device = root_tokens.shape[0], root_tokens.device
-        top_k, head = plan.tree.top_k, self.runtime.head
+        head = self.runtime.head
         grower = TreeGrower(plan, head, root_tokens)
         hidden = self._last[:, None]
-        frontier = grower.grow(head(hidden), grower.root())
-        parents = hidden.expand(-1, top_k, -1)
-        own = torch.eye(top_k, dtype=torch.bool, device=device).expand(batch, -1, -1)
-        ancestors = own
+        frontier = grower.grow(head(hidden), grower.root(), hidden)
         while grower.deeper(frontier):
-            level = grower.levels - 1
-            if level:
-                picked = frontier.rows[:, :, None]
-                parents = hidden.gather(1, picked.expand(-1, -1, hidden.shape[-1]))
-                ancestors = torch.cat([ancestors.gather(1, picked.expand(*ancestors.shape)), own], dim=-1)
-            hidden = self._level(level, frontier.tokens, parents, ancestors)
-            frontier = grower.grow(head(hidden), frontier)
+            hidden = self._level(grower.levels - 1, frontier.tokens, frontier.hidden, frontier.ancestors)
+            frontier = grower.grow(head(hidden), frontier, hidden)
         return grower.build()
 
     def _level(self, level: int, tokens: Tensor, parents: Tensor, ancestors: Tensor) -> Tensor:

@@ -22,7 +22,7 @@ from vispec.drafts.files import write_draft
 from vispec.drafts.session import DraftRuntime, ViSpecSession
 from vispec.prompt import Prompt, Span
 from vispec.targets import Target, load_target
-from vispec.tree import ancestor_words
+from vispec.tree import seen_slots
 
 
 @dataclass(frozen=True)
@@ -133,27 +133,28 @@ class DraftAttention(nn.Module):
         return self.o_proj(mixed.transpose(1, 2).flatten(2))
 
     def forward(
-        self, hidden: Tensor, rotary: tuple[Tensor, Tensor], seen: Tensor | None, store: KeyValueCache | None
+        self, hidden: Tensor, rotary: tuple[Tensor, Tensor], ancestors: Tensor | None, store: KeyValueCache | None
     ) -> Tensor:
-        """Rows [B, M, C]; `seen` and `store` as for `ViSpecDraft.forward`."""
+        """Rows [B, M, C]; `ancestors` and `store` as for `ViSpecDraft.forward`."""
         query, key, value = self.project(hidden, rotary)
         if store is not None:
             key, value = store.update(key, value, 0)
-        if seen is None:
+        if ancestors is None:
             return self.attend(query, key, value, None)
         keys, values = store.keys[0], store.values[0]
-        if not ops.serves_tree_attention(query, keys, values):
-            return self.attend(query, key, value, store.mask(seen, query.dtype))
         batch, heads, rows, width = query.shape
+        if not ops.serves_tree_attention(query, keys, values):
+            tail = seen_slots(ancestors, store.offset + rows)
+            return self.attend(query, key, value, store.mask(tail, query.dtype))
         mixed = query.new_empty(batch, rows, heads, width)
         ops.tree_attention(
             query,
             keys,
             values,
-            ancestor_words(seen),
+            ancestors,
             store.lengths,
             output=mixed.transpose(1, 2),
-            offset=seen.shape[2] - rows,
+            offset=store.offset,
         )
         return self.o_proj(mixed.flatten(2))
 
@@ -181,9 +182,9 @@ class DraftLayer(nn.Module):
         self.post_attention_layernorm = nn.RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
 
     def forward(
-        self, hidden: Tensor, rotary: tuple[Tensor, Tensor], seen: Tensor | None, store: KeyValueCache | None
+        self, hidden: Tensor, rotary: tuple[Tensor, Tensor], ancestors: Tensor | None, store: KeyValueCache | None
     ) -> Tensor:
-        return self.finish(hidden, self.self_attn(hidden, rotary, seen, store))
+        return self.finish(hidden, self.self_attn(hidden, rotary, ancestors, store))
 
     def finish(self, hidden: Tensor, attended: Tensor) -> Tensor:
         """What follows attention: both residual sums and the MLP, [B, M, C]."""
@@ -276,16 +277,17 @@ class ViSpecDraft(nn.Module):
         self,
         hidden: Tensor,
         positions: Tensor,
-        seen: Tensor | None = None,
+        ancestors: Tensor | None = None,
         store: KeyValueCache | None = None,
     ) -> Tensor:
         """The layer on input rows [B, M, C] at positions [B, M]: predicted features [B, M, C].
 
-        `seen` [B, M, A] bool says which of the A slots behind the committed ones each row reads, the last M being the
-        rows' own (None: rows are a prompt, read causally); `store` is a `KeyValueCache` that has begun this pass.
+        `ancestors` [B, M, W] says in the words of `ops.tree_attention` which slots behind the committed ones each row
+        reads, the last M being the rows' own (None: rows are a prompt, read causally); `store` is a `KeyValueCache`
+        that has begun this pass.
         """
         rotary = rotary_tables(positions, self.config.head_dim, self.config.rope_theta, hidden.dtype)
-        return self.layers[0](hidden, rotary, seen, store)
+        return self.layers[0](hidden, rotary, ancestors, store)
 
     def compress(
         self, embeddings: Tensor, spans: Sequence[Span], absorbed: Tensor | None = None

@@ -84,6 +84,9 @@ register(
         "next_rows",
         "next_tokens",
         "next_scores",
+        "arrivals",
+        "next_ancestors",
+        "next_hidden",
     ),
 )
 register(build_tree, writes=("tokens", "parents", "depths", "ancestors", "scores"))
