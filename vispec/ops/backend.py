@@ -43,7 +43,8 @@ def _checked(name: str | None, what: str) -> str | None:
     return name
 
 
-def _choice() -> str | None:
+def choice() -> str | None:
+    """The backend that was asked for by name, None for the normal choice."""
     return _forced or _checked(os.environ.get("VISPEC_BACKEND") or None, "VISPEC_BACKEND")
 
 
@@ -54,7 +55,7 @@ def native_for(op: str, tensor: torch.Tensor) -> ModuleType | None:
         RuntimeError: when a CUDA tensor meets a build without CUDA kernels, or when a backend that
             was asked for by name is not built. Never a silent slow path on a GPU.
     """
-    name = _choice()
+    name = choice()
     if name == "reference":
         return None
     device = tensor.device.type
@@ -76,7 +77,7 @@ def native_for(op: str, tensor: torch.Tensor) -> ModuleType | None:
 
 def kernels_for(op: str, tensor: torch.Tensor) -> ModuleType | None:
     """As `native_for`, for ops that the CPU leaves to PyTorch: a module only where CUDA kernels serve the tensor."""
-    if tensor.device.type == "cpu" and _choice() != "emulated":
+    if tensor.device.type == "cpu" and choice() != "emulated":
         return None
     return native_for(op, tensor)
 
