@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from tests import tiny
-from vispec.drafts.base import Plan
+from vispec.drafts.base import Places, Plan
 from vispec.prompt import Prompt
 from vispec.tree import DraftTree, TreeConfig
 
@@ -143,6 +143,9 @@ class DeviceReplaySession:
     def __init__(self, draft: DeviceReplayDraft) -> None:
         self.draft = draft
         self.emitted = torch.ones_like(draft.answers[:, 0])
+
+    def settle(self, places: Places) -> None:
+        self.emitted = places.tensor("emitted", self.emitted)
 
     def fix(self, tokens: int, tree: TreeConfig) -> None:
         """Nothing moves and nothing is read back anyway."""

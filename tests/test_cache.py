@@ -1,10 +1,11 @@
-"""The key-value cache at the end of a round: what is committed, and what moves on with it."""
+"""The key-value cache: what a round commits, what moves on with it, and taking over another's tokens."""
 
 from __future__ import annotations
 
 import pytest
 import torch
 
+from tests.tape import poison
 from vispec import ops
 from vispec.cache import KeyValueCache
 
@@ -54,3 +55,48 @@ def test_a_root_alone_moves_nothing_but_the_state(monkeypatch):
         assert cache.host_lengths == cache.lengths.tolist() == [4 + turn, 5]
     assert [part.tolist() for part in (positions, remaining, roots)] == [[11, 9], [18, 20], [70, 2]]
     assert calls == [0, 0]
+
+
+def made(lengths: list[int], capacity: int, layers: int = 2, heads: int = 3, width: int = 4, dtype=torch.float32):
+    def stores():
+        return [torch.randn(len(lengths), heads, capacity, width).to(dtype) for _ in range(layers)]
+
+    return KeyValueCache(torch.tensor(lengths), stores(), stores())
+
+
+@pytest.mark.parametrize("capacity", [7, 9, 20])
+def test_it_holds_what_the_other_held_and_zeros_behind(capacity):
+    own, other = made([2, 5], capacity), made([7, 3], 9)
+    memory = [tensor.data_ptr() for tensor in (*own.keys, *own.values, own.lengths)]
+    own.fix(capacity)
+    for tensor in (*own.keys, *own.values, own.lengths):
+        poison(tensor)
+    assert own.load(other)
+    assert [tensor.data_ptr() for tensor in (*own.keys, *own.values, own.lengths)] == memory
+    assert own.host_lengths == [7, 3] == own.lengths.tolist()
+    for store, given in zip((*own.keys, *own.values), (*other.keys, *other.values), strict=True):
+        assert torch.equal(store[:, :, :7], given[:, :, :7])
+        assert not store[:, :, 7:].any()
+    own.host_lengths[0] = 1
+    assert other.host_lengths == [7, 3]
+
+
+@pytest.mark.parametrize(
+    "other",
+    [
+        made([7, 3], 9),
+        made([2, 3, 1], 9),
+        made([2, 3], 9, layers=3),
+        made([2, 3], 9, layers=1),
+        made([2, 3], 9, heads=2),
+        made([2, 3], 9, width=8),
+        made([2, 3], 9, dtype=torch.float16),
+    ],
+    ids=["too long", "rows", "more layers", "fewer layers", "heads", "width", "dtype"],
+)
+def test_what_does_not_fit_is_refused_and_changes_nothing(other):
+    own = made([2, 5], 6)
+    before = [tensor.clone() for tensor in (*own.keys, *own.values, own.lengths)]
+    assert not own.load(other)
+    assert all(map(torch.equal, before, (*own.keys, *own.values, own.lengths)))
+    assert own.host_lengths == [2, 5]

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import random
+
 import pytest
 import torch
 
@@ -9,7 +11,9 @@ import vispec
 from tests import tiny
 from tests.ops.conftest import REQUIRED
 from tests.replay import DeviceReplayDraft, ReplayDraft
-from vispec.decode.graph import LateEngine, Replayed
+from vispec.decode import generate, replay
+from vispec.decode.graph import LateEngine
+from vispec.decode.shapes import MENU, AdaptiveShape
 
 pytestmark = pytest.mark.gpu
 
@@ -70,28 +74,118 @@ def test_a_seed_gives_the_cpus_tokens():
     assert torch.equal(actual.cpu(), expected)
 
 
-def captured_rounds(monkeypatch) -> list[Replayed]:
-    """Every `Replayed` that is made from now on."""
+@pytest.fixture
+def captures(monkeypatch) -> list:
+    """Every graph that is captured from now on."""
     made = []
-    start = Replayed.__init__
-    monkeypatch.setattr(Replayed, "__init__", lambda self, *args: (made.append(self), start(self, *args))[1])
+    capture = replay.capture
+    monkeypatch.setattr(replay, "capture", lambda *args: (made.append(capture(*args)), made[-1])[1])
     return made
+
+
+def some_prompts(family: tiny.Family, seed: int) -> dict:
+    pictures = family.name in tiny.VISION_FAMILIES
+    rows = [family.prompt((row + seed) % 2 if pictures else 0, seed=10 * seed + row) for row in range(2)]
+    return on_gpu(family.batch(rows, "left"))
 
 
 @pytest.mark.parametrize("sampled", [False, True])
 @pytest.mark.parametrize("name", tiny.FAMILIES)
-def test_rounds_are_replayed_from_a_graph_with_the_same_tokens(name, sampled, monkeypatch):
+def test_rounds_are_captured_once_and_replayed_by_later_calls_with_the_same_tokens(name, sampled, captures):
     family = tiny.build(name)
     family.model.cuda()
-    prompts = [family.prompt(row % 2 if name in tiny.VISION_FAMILIES else 0, seed=10 + row) for row in range(2)]
-    batch = on_gpu(family.batch(prompts, "left"))
-    options = {"max_new_tokens": 40, **({"do_sample": True, "top_k": 20, "seed": 3} if sampled else {})}
-    answers = vispec.fast_generate(family.model, None, batch, graphs=False, **options)
-    true = DeviceReplayDraft(answers[:, batch["input_ids"].shape[1] :], tiny.VOCABULARY, miss_every=4)
-    for draft in (None, vispec.ViSpecDraft.for_target(family.model), true):
-        made = captured_rounds(monkeypatch)
-        assert torch.equal(vispec.fast_generate(family.model, draft, batch, **options), answers)
-        assert [replayed.captured for replayed in made] == [True]
+    own = vispec.ViSpecDraft.for_target(family.model)
+    for kind in ("none", "own", "true"):
+        for seed in range(3):
+            batch = some_prompts(family, seed)
+            options = {"max_new_tokens": 40 + seed, "eos_token_id": tiny.VOCABULARY + seed}
+            if sampled:
+                options |= {"do_sample": True, "top_k": 20 + seed, "temperature": 1.0 + seed / 10, "seed": seed}
+            answers = vispec.fast_generate(family.model, None, batch, graphs=False, **options)
+            new = answers[:, batch["input_ids"].shape[1] :]
+            draft = {"none": None, "own": own, "true": DeviceReplayDraft(new, tiny.VOCABULARY, miss_every=4)}[kind]
+            before = len(captures)
+            for _ in range(2):
+                actual = vispec.fast_generate(family.model, draft, batch, tree=vispec.TreeConfig(), **options)
+                assert torch.equal(actual, answers)
+            # A replay draft is another one for each answer.
+            assert len(captures) - before == (seed == 0 or kind == "true")
+
+
+def test_a_changed_model_is_captured_anew_and_one_changed_in_place_is_not(captures):
+    family = tiny.build("llama")
+    family.model.cuda()
+    batch, options = some_prompts(family, 1), {"max_new_tokens": 24, "eos_token_id": tiny.VOCABULARY}
+    layer = family.model.model.layers[1].mlp.down_proj
+
+    def answer() -> int:
+        expected = vispec.fast_generate(family.model, None, batch, graphs=False, **options)
+        assert torch.equal(vispec.fast_generate(family.model, None, batch, **options), expected)
+        return len(captures)
+
+    assert [answer(), answer()] == [1, 1]
+    with torch.no_grad():
+        layer.weight.neg_()
+    assert answer() == 1
+    layer.weight = torch.nn.Parameter(-2 * layer.weight.detach())
+    assert answer() == 2
+    vispec.release(family.model)
+    assert answer() == 3
+
+
+def test_released_rounds_give_their_memory_back():
+    family = tiny.build("llama")
+    family.model.cuda()
+    options = {"max_new_tokens": 24, "eos_token_id": tiny.VOCABULARY}
+    vispec.fast_generate(family.model, None, some_prompts(family, 1), graphs=False, **options)
+    before = torch.cuda.memory_allocated()
+    vispec.fast_generate(family.model, None, some_prompts(family, 1), **options)
+    torch.cuda.synchronize()
+    kept = torch.cuda.memory_allocated()
+    vispec.release(family.model)
+    # Libraries keep a workspace for the stream of captures.
+    assert torch.cuda.memory_allocated() < kept
+    assert kept > before
+
+
+def test_rounds_on_another_stream_are_rounds_of_their_own(captures):
+    family = tiny.build("llama")
+    family.model.cuda()
+    batch, options = some_prompts(family, 1), {"max_new_tokens": 24, "eos_token_id": tiny.VOCABULARY}
+    expected = vispec.fast_generate(family.model, None, batch, graphs=False, **options)
+    torch.cuda.synchronize()
+    other = torch.cuda.Stream()
+    for _ in range(2):
+        assert torch.equal(vispec.fast_generate(family.model, None, batch, **options), expected)
+        with torch.cuda.stream(other):
+            assert torch.equal(vispec.fast_generate(family.model, None, batch, **options), expected)
+        torch.cuda.synchronize()
+    assert len(captures) == 2
+
+
+def test_captured_shapes_change_from_round_to_round_with_the_same_tokens(monkeypatch, captures):
+    chance = random.Random(0)
+    told = []
+
+    class Forced(AdaptiveShape):
+        def next(self, tokens_left, ready):
+            return chance.choice(self.menu)
+
+        def learn(self, shape, seconds, counts):
+            told.append((shape, seconds))
+
+    monkeypatch.setattr(generate, "AdaptiveShape", Forced)
+    family = tiny.build("llava")
+    family.model.cuda()
+    batch, options = some_prompts(family, 1), {"max_new_tokens": 150, "eos_token_id": tiny.VOCABULARY}
+    expected = vispec.fast_generate(family.model, None, batch, graphs=False, **options)
+    draft = vispec.ViSpecDraft.for_target(family.model)
+    for call in range(2):
+        before = len(captures)
+        assert torch.equal(vispec.fast_generate(family.model, draft, batch, **options), expected)
+        assert len(captures) - before == (0 if call else len(MENU) + 1), "four shapes and the draft's catching up"
+    timed = [seconds for _, seconds in told if seconds is not None]
+    assert len(timed) > 100 and all(0 < seconds < 1 for seconds in timed)
 
 
 def test_a_replayed_round_never_waits_for_the_device(monkeypatch):

@@ -412,9 +412,9 @@ def test_what_was_learned_is_kept_for_the_next_call_and_no_longer_than_the_draft
     assert memory.recall(tiny.build("llama").model, draft, key) is None
     vispec.fast_generate(family.model, draft, prompt, tree=TreeConfig(), **options)
     assert memory.recall(family.model, draft, key).target._passes > passes
-    held = len(memory._kept)
+    held = len(memory._policies)
     del draft
-    assert len(memory._kept) == held - 1
+    assert len(memory._policies) == held - 1
 
 
 def test_a_tree_by_any_other_name():

@@ -6,7 +6,7 @@ import importlib
 from types import ModuleType
 
 from vispec.compare import audit
-from vispec.decode import GenerationResult, GenerationStats, fast_generate
+from vispec.decode import GenerationResult, GenerationStats, fast_generate, release
 from vispec.drafts import ViSpecDraft, load_draft
 from vispec.tree import TreeConfig
 
@@ -20,6 +20,7 @@ __all__ = [
     "audit",
     "fast_generate",
     "load_draft",
+    "release",
 ]
 
 

@@ -76,6 +76,26 @@ class KeyValueCache:
 
         return cls(torch.zeros(batch, dtype=torch.int64, device=like.device), zeros(), zeros())
 
+    def load(self, other: KeyValueCache) -> bool:
+        """Takes over what `other` has committed, in this cache's own memory; False, and nothing done, if it cannot.
+
+        The slots beyond are zeroed: whatever a cache held before, a masked slot must be finite.
+        """
+        used = max(other.host_lengths)
+        pairs = list(zip([*self.keys, *self.values], [*other.keys, *other.values], strict=False))
+        alike = len(self.keys) == len(other.keys) and all(
+            (own.shape[:2], own.shape[3], own.dtype, own.device) == (new.shape[:2], new.shape[3], new.dtype, new.device)
+            for own, new in pairs
+        )
+        if not alike or used > self.capacity:
+            return False
+        for own, new in pairs:
+            own[:, :, :used] = new[:, :, :used]
+            own[:, :, used:] = 0
+        self.lengths.copy_(other.lengths)
+        self.host_lengths = list(other.host_lengths)
+        return True
+
     @property
     def capacity(self) -> int:
         """Slots there is memory for."""

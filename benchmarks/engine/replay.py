@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from vispec.drafts import ViSpecDraft
-from vispec.drafts.base import Plan
+from vispec.drafts.base import Places, Plan
 from vispec.prompt import Prompt
 from vispec.targets import Target
 from vispec.tree import DraftTree, TreeConfig, ancestor_words
@@ -73,6 +73,15 @@ class PacedSession:
         self.node, self.on_path = node.to(device), on_path.to(device)
         self.depths, self.parents = depths.to(device), parents.to(device)
         self.ancestors = ancestor_words(seen[None])[0].to(device)
+
+    def settle(self, places: Places) -> None:
+        """See `FixedSession.settle`."""
+        self.real.settle(places)
+        self.emitted = places.tensor("emitted", self.emitted)
+        self.rounds = places.tensor("rounds", self.rounds)
+        # Constants, but made anew for each generation.
+        for name in ("depths", "parents", "node", "ancestors"):
+            setattr(self, name, places.tensor(name, getattr(self, name)))
 
     def fix(self, tokens: int, tree: TreeConfig) -> None:
         """See `FixedSession.fix`."""

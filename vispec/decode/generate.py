@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any, Literal
@@ -15,6 +16,7 @@ from vispec.decode.graph import LateEngine
 from vispec.decode.guard import EXACTNESS, GUARD
 from vispec.decode.policy import AdaptiveTree, FixedTree, TreePolicy
 from vispec.decode.round import Engine, RoundEvent, Speculation
+from vispec.decode.shapes import AdaptiveShape, OneShape, ShapePolicy, menu_for
 from vispec.decode.stats import GenerationStats
 from vispec.decode.stopping import Transcript
 from vispec.drafts.base import Draft, FixedSession
@@ -65,8 +67,9 @@ def fast_generate(
             (left or right), and the pictures.
         tree: "auto" chooses the sizes of the draft tree round by round for most tokens a second, and decodes
             plainly where a tree would not pay; it learns costs and acceptance from the rounds and remembers them for
-            later calls with the same model and draft. It needs a host that waits for each pass: on a GPU, and with
-            `graphs`, it is `TreeConfig()`. A `TreeConfig` is kept to in every round.
+            later calls with the same model and draft. With `graphs`, where a size must be captured before it is used,
+            it chooses among the few of `shapes.MENU`; where a GPU's rounds wait for the host it is `TreeConfig()`. A
+            `TreeConfig` of the caller's is kept to in every round.
         seed: key of the sampling noise: one for all rows (equal prompts then get equal answers) or one a row.
             Default: drawn from torch's generator, one a row.
         exact: "law": every token is the argmax, or a draw, of the logits that the pass over the tree gave. In float32
@@ -80,7 +83,8 @@ def fast_generate(
         graphs: keep a round's state on the device, replay each round as one CUDA graph and read its result one round
             late. Default: on a CUDA device, where nothing needs the host in every round (logits processors,
             `on_round`, `exact="guard"`, a draft that runs on the host). On a CPU, True runs the same rounds call by
-            call.
+            call. Captured rounds and their caches are kept for the next call with this model and draft, two sets at
+            most; `vispec.release` gives their memory back.
         **options: generation options by `generate`'s names (max_new_tokens, max_length, do_sample, temperature,
             top_k, top_p, min_p, eos_token_id, pad_token_id, repetition_penalty, stopping_criteria, ...);
             what is not given comes from the model's `generation_config`.
@@ -110,7 +114,7 @@ def fast_generate(
         },
     )
     stats = GenerationStats()
-    with torch.inference_mode(), target.session():
+    with torch.inference_mode(), target.session(), _current(target.device):
         self_check(target, inputs)
         with stats.timed("prefill"):
             prompt = target.prefill(inputs)
@@ -136,16 +140,25 @@ def fast_generate(
             policy = _policy(target, draft, tree, circumstances, late)
             start = partial(draft.start, target, prompt, engine.roots)
             engine.speculation = Speculation(policy, start)
+        features = prompt.features
         del prompt
         if late and not transcript.done:
-            engine = _started_late(engine, graphs, draft)
+            engine = _started_late(engine, graphs, draft, tree, features)
+        del features
         while not transcript.done:
             watch(engine.step())
         watch.end()
-        if draft is not None and isinstance(policy, AdaptiveTree):
+        if isinstance(engine, LateEngine):
+            _put_back(engine, draft)
+        elif draft is not None and isinstance(policy, AdaptiveTree):
             memory.keep(target.model, draft, circumstances, policy)
     sequences = transcript.sequences(tokens, settings.pad_token_id or 0)
     return GenerationResult(sequences, stats) if settings.return_dict else sequences
+
+
+def _current(device: torch.device) -> AbstractContextManager:
+    """Makes a CUDA device the current one: events and graphs belong to that one's stream."""
+    return torch.cuda.device(device) if device.type == "cuda" else nullcontext()
 
 
 def _late(graphs: bool | None, device: torch.device, hosts: Mapping[str, bool]) -> bool:
@@ -159,17 +172,38 @@ def _late(graphs: bool | None, device: torch.device, hosts: Mapping[str, bool]) 
     return device.type == "cuda" and not found if graphs is None else graphs
 
 
-def _started_late(engine: Engine, graphs: bool | None, draft: Draft | None) -> Engine | LateEngine:
+def _started_late(
+    engine: Engine, graphs: bool | None, draft: Draft | None, tree: TreeConfig | str, features: Tensor
+) -> Engine | LateEngine:
     """The engine with its draft started, running ahead of the host unless that draft needs it in every round."""
-    capture = engine.roots.is_cuda
-    if engine.speculation is None:
-        return LateEngine(engine, None, None, capture=capture)
-    with engine.stats.timed("draft"):
-        session = engine.speculation.session()
-    on_host = {f"a draft that runs on the host ({type(draft).__name__})": not isinstance(session, FixedSession)}
-    if not _late(graphs, engine.roots.device, on_host):
-        return engine
-    return LateEngine(engine, session, engine.speculation.policy.next(engine.transcript.finished), capture=capture)
+    session = None
+    if draft is not None:
+        with engine.stats.timed("draft"):
+            session = engine.speculation.session()
+        on_host = {f"a draft that runs on the host ({type(draft).__name__})": not isinstance(session, FixedSession)}
+        if not _late(graphs, engine.roots.device, on_host):
+            return engine
+    if draft is None or isinstance(tree, TreeConfig):
+        shapes = OneShape(tree if draft is not None else None)
+    else:
+        shapes = AdaptiveShape(menu_for(draft.widest(engine.target)))
+        shapes = memory.recall(engine.target.model, draft, _late_circumstances(engine, shapes)) or shapes
+    rounds = memory.take_rounds(engine.target.model, draft, _late_circumstances(engine, shapes))
+    return LateEngine(engine, session, shapes, rounds, features)
+
+
+def _put_back(late: LateEngine, draft: Draft | None) -> None:
+    """Keeps what the next call can use. A call that raised does not come here."""
+    model, circumstances = late.engine.target.model, _late_circumstances(late.engine, late.shapes)
+    memory.put_back_rounds(model, draft, circumstances, late.finish())
+    if isinstance(late.shapes, AdaptiveShape):
+        memory.keep(model, draft, circumstances, late.shapes)
+
+
+def _late_circumstances(engine: Engine, shapes: ShapePolicy) -> tuple:
+    """What decides the work of rounds that run ahead of the host; a stream's buffers are for that stream alone."""
+    stream = torch.cuda.current_stream().cuda_stream if engine.roots.is_cuda else 0
+    return len(engine.roots), engine.sampling is not None, len(engine.end_tokens), shapes.menu, stream
 
 
 class _Watcher:
@@ -263,7 +297,8 @@ def _policy(target: Target, draft: Draft, tree: TreeConfig | str, circumstances:
         return FixedTree(tree)
     widest = draft.widest(target)
     if late or target.device.type != "cpu":
-        # Here passes run behind the host's back, and its clock says nothing of them.
+        # Here passes run behind the host's back, and its clock says nothing of them. Rounds that run ahead of it
+        # have a policy of their own (`shapes.py`).
         default = TreeConfig()
         return FixedTree(replace(default, top_k=min(default.top_k, widest)))
     return memory.recall(target.model, draft, circumstances) or AdaptiveTree(widest)

@@ -2,166 +2,194 @@
 
 from __future__ import annotations
 
-import warnings
-from collections import deque
 from collections.abc import Callable
 from contextlib import nullcontext
+from functools import partial
 
 import torch
 from torch import Tensor
 
-from vispec.decode.round import Engine, RoundEvent
+from vispec.decode.fingerprint import Fingerprint
+from vispec.decode.kept import Buffers, KeptRounds
+from vispec.decode.replay import LATE_ROUNDS, LateReader, Moment, Replayed
+from vispec.decode.round import Committed, Engine, RoundEvent
+from vispec.decode.shapes import Shape, ShapePolicy
 from vispec.drafts.base import FixedSession, Plan
-from vispec.tree import DraftTree
+from vispec.ops import Sampling
+from vispec.tree import DraftTree, TreeConfig
 
-# Rounds that run call by call before the capture, in which libraries choose algorithms and allocate workspaces.
-WARM_UP_ROUNDS = 2
-# Rounds under way whose result the host does not yet ask for.
-LATE_ROUNDS = 1
 # The cache's slots are made for so many more tokens at a time.
 TOKENS_AHEAD = 1024
+# Tokens of plain rounds that wait for the draft: it reads them in one pass, which costs little more than one token's.
+MISSED_TOKENS = 32
+CATCH_UP = "catch up"
 
 
 class LateEngine:
     """Runs an `Engine` round after round without waiting for any of them.
 
     Lengths, counts, flags and noise keys are read on the device, and the draft's catch-up pass always takes the
-    longest path's rows, so that every round is the same work on the same buffers. One round more than needed runs
-    at the end; finished rows emit nothing in it.
+    longest path's rows, so that every round of one shape is the same work on the same buffers. One round more than
+    needed runs at the end; finished rows emit nothing in it.
 
     Args:
-        engine: one that has taken its first token.
+        engine: one that has taken its first token; its state moves into the buffers of `rounds`.
         session: the draft's, started behind that token; None for plain decoding.
-        plan: what every round asks of the draft.
-        capture: replay rounds as CUDA graphs; False runs the same work call by call, on any device.
+        shapes: says what shape each round has.
+        rounds: buffers and graphs, this engine's alone. Behind `finish` they may serve another.
+        features: [B, S, C], the prompt's; no more of them is read than what they are like.
     """
 
-    def __init__(self, engine: Engine, session: FixedSession | None, plan: Plan, *, capture: bool) -> None:
+    def __init__(
+        self,
+        engine: Engine,
+        session: FixedSession | None,
+        shapes: ShapePolicy,
+        rounds: KeptRounds,
+        features: Tensor,
+    ) -> None:
         self.engine = engine
+        self.shapes = shapes
         self._session = session
-        self._plan = plan
-        self._nodes, self._path = (1, 1) if session is None else (plan.tree.nodes, plan.tree.longest_path)
-        self.round = Replayed(self._run, type(getattr(engine.target, "model", engine.target)).__name__, capture)
+        self._rounds = rounds
+        self._device = engine.roots.device
+        self._name = type(getattr(engine.target, "model", engine.target)).__name__
+        trees = [shape for shape in shapes.menu if shape is not None]
+        # What holds all shapes.
+        self._largest = TreeConfig(
+            depth=max((tree.depth for tree in trees), default=0),
+            top_k=max((tree.top_k for tree in trees), default=1),
+            total_tokens=max((tree.nodes for tree in trees), default=1),
+        )
+        self._path = max((tree.longest_path for tree in trees), default=1)
         self._reader = LateReader()
         self._longest = max(engine.cache.host_lengths)
-        self._tokens = 0
-        self._make_room()
+        _settle(engine, rounds.buffers)
+        self._missed = Missed(features, rounds.buffers)
+        # Plain rounds since the draft was last up to date.
+        self._plain_rounds = 0
+        if session is not None:
+            session.settle(rounds.buffers)
+        if not self._make_room():
+            self._fix()
+        rounds.keep_equal(self._fingerprint())
 
     def step(self) -> RoundEvent | None:
         """Starts a round and returns the one before it, if there is one."""
         self._make_room()
+        ready = {shape for shape in self.shapes.menu if self._replayed(shape).settled}
+        shape = self.shapes.next(self.engine.transcript.tokens_left, ready)
+        if self._plain_rounds and (shape is not None or self._plain_rounds == MISSED_TOKENS):
+            self._run(CATCH_UP, self._catch_up)
+            self._plain_rounds = 0
         # Before the capture the engine times its own phases.
-        with self.engine.stats.timed("replay") if self.round.captured else nullcontext():
-            self._reader.push(self.round())
-            rows = self._reader.due()
-        if rows is None:
-            return None
-        heard = self.engine.read(rows, self._nodes)
+        captured = self._replayed(shape).graph is not None
+        with self.engine.stats.timed("replay") if captured else nullcontext():
+            start = Moment(self._device)
+            result = self._run(shape, partial(self._round, shape))
+            span = (start, Moment(self._device)) if shape in ready else None
+            self._reader.push(result, (shape, span))
+            due = self._reader.due()
+        self._plain_rounds += shape is None and self._session is not None
+        return None if due is None else self._hear(due.rows, *due.note)
+
+    def finish(self) -> KeptRounds:
+        """The rounds, for another call."""
+        self._rounds.leave()
+        return self._rounds
+
+    def _hear(self, rows: list[list[int]], shape: Shape, span: tuple[Moment, Moment] | None) -> RoundEvent:
+        """Notes a round that is over."""
+        heard = self.engine.read(rows, 1 if shape is None else shape.nodes)
+        self.shapes.learn(shape, None if span is None else span[0].until(span[1]), heard.counts)
         transcript = self.engine.transcript
         lengths = zip(transcript.prompt_lengths, transcript.rows, strict=True)
         self._longest = max(prompt + len(emitted) for prompt, emitted in lengths)
         return RoundEvent(None, heard.paths, heard.emitted)
 
-    def _run(self) -> Tensor:
+    def _round(self, shape: Shape) -> Tensor:
+        """One round, and what the host wants to know of it."""
         engine, session = self.engine, self._session
         with engine.stats.timed("draft"):
-            if session is None:
-                tree = DraftTree.root_only(engine.roots)
-            else:
-                tree = session.propose(engine.roots, self._plan)
+            tree = DraftTree.root_only(engine.roots) if shape is None else session.propose(engine.roots, Plan(shape))
         accepted, features = engine.judge(tree)
         learned = engine.advance(accepted, None if session is None else features, None)
         if session is not None:
             with engine.stats.timed("draft"):
-                session.commit(*learned)
+                self._missed.add(learned) if shape is None else session.commit(*learned)
         return accepted.packed()
 
-    def _make_room(self) -> None:
-        """Sees to it that the rounds under way and the next one find slots; growing forgets the graph."""
+    def _catch_up(self) -> Tensor:
+        """Shows the draft what plain rounds have committed."""
+        with self.engine.stats.timed("draft"):
+            self._session.commit(*self._missed.all)
+            return self._missed.all.counts.zero_()
+
+    def _replayed(self, name: Shape | str) -> Replayed:
+        return self._rounds.replayed(name, self._name, self._device)
+
+    def _run(self, name: Shape | str, function: Callable[[], Tensor]) -> Tensor:
+        return self._replayed(name)(function, self._fingerprint, self._rounds.pool)
+
+    def _fingerprint(self) -> Fingerprint:
+        target = self.engine.target
+        return Fingerprint(self._rounds.buffers.moves, target.decoder, target.head, target.embedding, self._session)
+
+    def _make_room(self) -> bool:
+        """Sees to it that the rounds under way and the next one find slots; growing, which it returns, resets."""
         needed = self._longest + (LATE_ROUNDS + 2) * self._path
-        if needed <= self._tokens:
-            return
-        self._tokens = -(-(needed + TOKENS_AHEAD) // TOKENS_AHEAD) * TOKENS_AHEAD
-        self.engine.cache.fix(self._tokens + self._nodes)
+        if needed <= self._rounds.tokens:
+            return False
+        self._rounds.tokens = -(-(needed + TOKENS_AHEAD) // TOKENS_AHEAD) * TOKENS_AHEAD
+        self._fix()
+        self._rounds.reset()
+        return True
+
+    def _fix(self) -> None:
+        """Hands the lengths to the device; caches grow where they have fewer slots than the rounds were made for."""
+        tokens = self._rounds.tokens
+        self.engine.cache.fix(tokens + self._largest.nodes)
         if self._session is not None:
-            self._session.fix(self._tokens, self._plan.tree)
-        self.round.reset()
+            self._session.fix(tokens + MISSED_TOKENS, self._largest)
 
 
-class LateReader:
-    """Copies small int64 tensors of one shape to the host while the device goes on."""
-
-    def __init__(self) -> None:
-        self._free: list[Tensor] = []
-        self._pending: deque[tuple[Tensor, torch.cuda.Event | None]] = deque()
-
-    def push(self, result: Tensor) -> None:
-        """Enqueues the copy of `result` behind the work that makes it."""
-        place = self._free.pop() if self._free else torch.empty_like(result, device="cpu", pin_memory=result.is_cuda)
-        place.copy_(result, non_blocking=True)
-        event = None
-        if result.is_cuda:
-            event = torch.cuda.Event()
-            event.record()
-        self._pending.append((place, event))
-
-    def due(self) -> list[list[int]] | None:
-        """The oldest result once more than `LATE_ROUNDS` are under way, else None; waits for that one alone."""
-        if len(self._pending) <= LATE_ROUNDS:
-            return None
-        place, event = self._pending.popleft()
-        if event is not None:
-            event.synchronize()
-        self._free.append(place)
-        return place.tolist()
-
-
-class Replayed:
-    """A function over buffers that stay where they are, captured as a CUDA graph after its first calls.
-
-    Where the work cannot be captured (a model that reads a value back in its forward pass, for example) it goes on
-    call by call, and a warning says so.
+class Missed:
+    """What plain rounds committed and the draft has yet to learn, on the device, so that a graph can add to it.
 
     Attributes:
-        captured: whether calls are replayed from a graph by now.
+        all: up to `MISSED_TOKENS` tokens a row; the host sees to it that there are never more.
     """
 
-    def __init__(self, function: Callable[[], Tensor], name: str, capture: bool) -> None:
-        self._function = function
-        self._name = name
-        self._capture = capture
-        self.reset()
+    def __init__(self, features: Tensor, buffers: Buffers) -> None:
+        batch, _, width = features.shape
+        tokens = features.new_zeros(batch, MISSED_TOKENS, dtype=torch.int64)
+        self.all = Committed(
+            buffers.tensor("missed.features", features.new_zeros(batch, MISSED_TOKENS, width)),
+            buffers.tensor("missed.tokens", tokens),
+            buffers.tensor("missed.counts", tokens[:, 0].clone()),
+            None,
+        )
 
-    def reset(self) -> None:
-        """Forgets the graph, because buffers have moved."""
-        self._calls = 0
-        self._graph: torch.cuda.CUDAGraph | None = None
-        self._result: Tensor | None = None
+    def add(self, committed: Committed) -> None:
+        """Notes one token of each row that goes on: [B, 1, C] features, [B, 1] tokens, [B] counts."""
+        place = self.all.counts[:, None]
+        self.all.features.scatter_(1, place[:, :, None].expand_as(committed.features), committed.features)
+        self.all.tokens.scatter_(1, place, committed.tokens)
+        self.all.counts.add_(committed.counts)
 
-    @property
-    def captured(self) -> bool:
-        return self._graph is not None
 
-    def __call__(self) -> Tensor:
-        self._calls += 1
-        if self._graph is None and self._capture and self._calls > WARM_UP_ROUNDS:
-            self._try_capture()
-        if self._graph is None:
-            return self._function()
-        self._graph.replay()
-        return self._result
-
-    def _try_capture(self) -> None:
-        graph = torch.cuda.CUDAGraph()
-        try:
-            with torch.cuda.graph(graph, capture_error_mode="thread_local"):
-                result = self._function()
-        except RuntimeError as error:
-            self._capture = False
-            warnings.warn(
-                f"fast_generate: a round of {self._name} cannot be captured as a CUDA graph; it runs call by call, "
-                f"with the same answers ({str(error).splitlines()[0]})",
-                stacklevel=2,
-            )
-            return
-        self._graph, self._result = graph, result
+def _settle(engine: Engine, buffers: Buffers) -> None:
+    """Moves all that rounds read and write, beside the weights, to where it outlives the call."""
+    engine.cache = buffers.cache("round.cache", engine.cache)
+    transcript, sampling = engine.transcript, engine.sampling
+    for owner, name in (
+        (engine, "roots"),
+        (engine, "positions"),
+        (engine, "end_tokens"),
+        (transcript, "remaining"),
+        (transcript, "finished"),
+    ):
+        setattr(owner, name, buffers.tensor(f"round.{name}", getattr(owner, name)))
+    if sampling is not None:
+        settings = sampling._asdict().items()
+        engine.sampling = Sampling(**{name: buffers.tensor(f"sampling.{name}", value) for name, value in settings})

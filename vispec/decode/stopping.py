@@ -33,6 +33,12 @@ class Transcript:
         """Whether every row has ended, as far as the host has read."""
         return all(self._ended)
 
+    @property
+    def tokens_left(self) -> int:
+        """Most tokens that any row may still emit, as far as the host has read."""
+        rows = zip(self.rows, self._ended, strict=True)
+        return max((self._max_new_tokens - len(row) for row, ended in rows if not ended), default=0)
+
     def history(self, row: int) -> Tensor:
         """A row's tokens [n] int64, prompt first."""
         prompt = self.prompt[row, : self.prompt_lengths[row]]

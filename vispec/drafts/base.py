@@ -7,6 +7,7 @@ from typing import Any, Protocol, runtime_checkable
 
 from torch import Tensor
 
+from vispec.cache import KeyValueCache
 from vispec.prompt import Prompt
 from vispec.targets import Target
 from vispec.tree import DraftTree, TreeConfig
@@ -62,12 +63,25 @@ class DraftSession(Protocol):
         """
 
 
+class Places(Protocol):
+    """Memory that outlives a generation, for what differs from one to the next. The engine's own names hold a dot."""
+
+    def tensor(self, name: str, value: Tensor) -> Tensor:
+        """A tensor with this content, at the place of that name; `value` itself is given up to it."""
+
+    def cache(self, name: str, value: KeyValueCache) -> KeyValueCache:
+        """A cache with this content, at the place of that name; `value` itself is given up to it."""
+
+
 @runtime_checkable
 class FixedSession(DraftSession, Protocol):
-    """A session that can do without the host: its rounds then run in a CUDA graph."""
+    """A session that can do without the host: its rounds then run in a CUDA graph, which outlives the session."""
+
+    def settle(self, places: Places) -> None:
+        """Goes on with tensors at `places` in the stead of all its own that change or that the prompt decided."""
 
     def fix(self, tokens: int, tree: TreeConfig) -> None:
-        """From now on every tree has these sizes, and nothing is read from the device or moved in memory.
+        """From now on no tree exceeds these sizes, and nothing is read from the device or moved in memory.
 
         It holds until `tokens` committed tokens are exceeded or `fix` is called again.
         """

@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from vispec.drafts.base import Plan, check_sizes
+from vispec.drafts.base import Places, Plan, check_sizes
 from vispec.drafts.files import write_draft
 from vispec.drafts.growth import TreeGrower
 from vispec.drafts.head import DraftHead
@@ -96,6 +96,10 @@ class MedusaSession:
             logits = self.head(self.draft(self._last, head))[:, None]
             frontier = grower.grow(logits.expand(-1, frontier.tokens.shape[1], -1), frontier)
         return grower.build()
+
+    def settle(self, places: Places) -> None:
+        """See `FixedSession.settle`."""
+        self._last = places.tensor("last", self._last)
 
     def fix(self, tokens: int, tree: TreeConfig) -> None:
         """See `FixedSession.fix`: nothing moves, and nothing is read back."""

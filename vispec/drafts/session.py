@@ -16,7 +16,7 @@ from vispec.prompt import Prompt
 from vispec.tree import DraftTree, TreeConfig, chain_words
 
 if TYPE_CHECKING:
-    from vispec.drafts.base import Plan
+    from vispec.drafts.base import Places, Plan
     from vispec.drafts.vispec import ViSpecDraft
     from vispec.targets import Target
 
@@ -96,6 +96,13 @@ class ViSpecSession:
         self._last = output[torch.arange(batch, device=hidden.device), lengths - 1]
         self._positions = prompt.lengths.clone()
         self._constant = self.runtime.constant(torch.stack(visuals))
+
+    def settle(self, places: Places) -> None:
+        """See `FixedSession.settle`."""
+        self.cache = places.cache("cache", self.cache)
+        self._last = places.tensor("last", self._last)
+        self._positions = places.tensor("positions", self._positions)
+        self._constant = places.tensor("constant", self._constant)
 
     def fix(self, tokens: int, tree: TreeConfig) -> None:
         """See `FixedSession.fix`; the compressed sequence is never longer than the uncompressed one."""
