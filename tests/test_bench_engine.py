@@ -181,7 +181,7 @@ def test_the_page_shows_a_record(tmp_path):
         "speed_up_over_generate_compiled": None,
     }
     tight = {**row, "target": "llava-1.6-13b", "out_of_memory": ["vispec"]}
-    eight = {**fits, "quantised": "int8", "batch": 16, "replayed_round": None}
+    eight = {**fits, "quantised": "int8", "replayed_round": None}
     lost = {**tight, "context": None, "batch": None, "out_of_memory": ["weights"]}
     record = {"circumstances": CIRCUMSTANCES, "ceilings": CEILINGS, "rows": [fits, eight, tight]}
     (tmp_path / "engine_h100.json").write_text(json.dumps(record))
@@ -193,7 +193,7 @@ def test_the_page_shows_a_record(tmp_path):
     assert any(line.startswith("| qwen2.5-vl-3b | not yet measured |") for line in lines)
     measured = "7.50 ms (1.5x) | 1.50 ms (1.5x) | 400 | 2.50x | 9.00x |  |"
     assert f"| llava-1.6-7b | bfloat16 | 2048 | 1 | {measured}" in lines
-    assert f"| llava-1.6-7b | int8 | 2048 | 16 | {measured}" in lines
+    assert f"| llava-1.6-7b | int8 | 2048 | 1 | {measured}" in lines
     assert "| llava-1.6-13b | bfloat16 | 2048 | 1 | more memory than there is |  |  |  |  |  |" in lines
     assert "Floors: bytes at 1 GB/s, matrix operations at 1 TFLOP/s, both measured in the same run." in lines
     assert "not captured" in " ".join(page.phases({"rows": [{**fits, "replayed_round": None}]}))
