@@ -411,6 +411,17 @@ def test_what_is_kept_keeps_nothing_alive(captures):
     assert model() is None and plain() is None
 
 
+def test_warm_ups_belong_to_a_call(captures):
+    """What a decoder's first pass of a call does otherwise must not be what is captured."""
+    family = tiny.build("llama")
+    batch = prompts(family, 1)
+    for tokens, count in ((2, 0), (2, 0), (2, 0), (3, 1)):  # one token a round, and a round behind the last
+        expected = vispec.fast_generate(family.model, None, batch, graphs=False, max_new_tokens=tokens, **NO_END)
+        actual = vispec.fast_generate(family.model, None, batch, graphs=True, max_new_tokens=tokens, **NO_END)
+        assert torch.equal(actual, expected)
+        assert captures.count == count
+
+
 def test_release_gives_the_memory_back(captures):
     family = tiny.build("llama")
     batch, options = prompts(family, 1), {"graphs": True, "max_new_tokens": 12, **NO_END}

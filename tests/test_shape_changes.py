@@ -95,6 +95,10 @@ def test_the_draft_catches_up_with_plain_rounds(missed, monkeypatch, captures): 
         told = [(shape, counts) for shape, _, counts in made[0].told]
         for shape, counts in told[:-3]:
             assert counts == [1 if shape is None else DEFAULT.longest_path] * 2
+        for shape in (DEFAULT, PLAIN):
+            # Rounds before the capture, and the one that holds it, are slower than those to come.
+            unlike = [seconds is None for asked, seconds, _ in made[0].told if asked == shape]
+            assert unlike == [not call and place < 3 for place in range(len(unlike))] and len(unlike) > 6
         if call:
             assert captures.count == before, "plain rounds, trees and the catching up are all kept"
         else:
