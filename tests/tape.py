@@ -15,7 +15,7 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_flatten
 
-GARBAGE = {torch.bool: True, torch.uint8: 255}
+GARBAGE = {torch.bool: True, torch.uint8: 255, torch.int32: -(2**20)}
 
 
 def poison(tensor: Tensor) -> None:

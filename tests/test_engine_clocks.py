@@ -27,9 +27,10 @@ from benchmarks.engine.floors import PHASES, Setting
 from benchmarks.engine.replay import PacedDraft, PacedSession
 from benchmarks.engine.targets import TINY_SHAPES
 from tests.ops.conftest import available
-from vispec.decode import graph
-from vispec.decode.graph import Replayed
+from tests.tape import Captures
+from vispec.decode import replay
 from vispec.decode.stats import GenerationStats
+from vispec.ops.backend import use_backend
 
 
 class CountingClock:
@@ -88,13 +89,19 @@ def test_on_a_cpu_the_phases_fill_the_round(case):
 
 
 def test_watched_rounds_are_not_captured_and_all_is_as_before(case, monkeypatch):
-    timed, rounds, seen = GenerationStats.timed, graph.WARM_UP_ROUNDS, []
-    call = Replayed.__call__
-    monkeypatch.setattr(Replayed, "__call__", lambda self: (seen.append(graph.WARM_UP_ROUNDS), call(self))[1])
-    watched(case, CountingClock())
-    assert min(seen) > 10**6
-    assert GenerationStats.timed is timed and graph.WARM_UP_ROUNDS == rounds
-    stats = case.speculate(8)
+    made, timed = Captures(), GenerationStats.timed
+    monkeypatch.setattr(replay, "can_capture", lambda device: True)
+    monkeypatch.setattr(replay, "capture", made)
+    with use_backend("reference"):
+        case.speculate(case.tokens)
+        before = made.count
+        assert before
+        # Not even by a graph that an earlier call has left.
+        watched(case, CountingClock())
+        assert made.count == before and GenerationStats.timed is timed
+        # Nor does a later call take over the watched rounds, which were never to be captured.
+        stats = case.speculate(case.tokens)
+        assert made.count > before
     assert stats.draft_seconds > 0 and stats.verify_seconds > 0
 
 

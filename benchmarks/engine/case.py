@@ -107,11 +107,13 @@ class Case:
 
     def _watch(self, clock: PhaseClock) -> None:
         self.draft.pacing = clock.pacing
+        vispec.release(self.model)
         try:
             with clock.watching():
                 self.speculate(min(self.tokens, PHASE_TOKENS))
         finally:
             self.draft.pacing = nullcontext
+            vispec.release(self.model)
 
     def profile(self, folder: Path, name: str) -> list[Path]:
         """Writes a few rounds call by call, with the phases' names, and on a GPU a few that are replayed."""

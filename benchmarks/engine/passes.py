@@ -9,9 +9,10 @@ from transformers import PreTrainedModel
 import vispec
 from benchmarks.engine.clocks import clock_of, mean_seconds
 from benchmarks.engine.floors import NODES
+from benchmarks.ops.tree_attention import ancestor_words
 from vispec import ops
 from vispec.targets import load_target
-from vispec.tree import MAX_NODES, DraftTree, ancestor_words
+from vispec.tree import MAX_NODES, DraftTree
 
 
 def star(batch: int, nodes: int, vocabulary: int, device: torch.device) -> DraftTree:
@@ -21,8 +22,7 @@ def star(batch: int, nodes: int, vocabulary: int, device: torch.device) -> Draft
     tree.tokens.copy_(node % vocabulary)
     tree.parents.copy_(torch.where(node > 0, 0, -1))
     tree.depths.copy_((node > 0).long())
-    seen = (node == 0) | torch.eye(nodes, dtype=torch.bool, device=device)
-    tree.ancestors.copy_(ancestor_words(seen[None]))
+    tree.ancestors.copy_(ancestor_words(tree.parents[0])[1])
     tree.scores.zero_()
     return tree
 

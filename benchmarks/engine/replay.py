@@ -8,11 +8,12 @@ from contextlib import AbstractContextManager, nullcontext
 import torch
 from torch import Tensor
 
+from benchmarks.ops.tree_attention import ancestor_words
 from vispec.drafts import ViSpecDraft
 from vispec.drafts.base import Places, Plan
 from vispec.prompt import Prompt
 from vispec.targets import Target
-from vispec.tree import DraftTree, TreeConfig, ancestor_words
+from vispec.tree import DraftTree, TreeConfig
 
 
 class PacedDraft:
@@ -68,11 +69,9 @@ class PacedSession:
         on_path = (node % step == 0) & (node < tree.longest_path * step)
         depths = torch.where(on_path, node // step, 1)
         parents = torch.where(on_path, node - step, 0).clamp(min=-1)
-        above = (on_path & (node <= node[:, None])) & on_path[:, None]
-        seen = above | (node == 0) | torch.eye(tree.nodes, dtype=torch.bool)
         self.node, self.on_path = node.to(device), on_path.to(device)
         self.depths, self.parents = depths.to(device), parents.to(device)
-        self.ancestors = ancestor_words(seen[None])[0].to(device)
+        self.ancestors = ancestor_words(parents)[1].to(device)
 
     def settle(self, places: Places) -> None:
         """See `FixedSession.settle`."""
@@ -80,7 +79,7 @@ class PacedSession:
         self.emitted = places.tensor("emitted", self.emitted)
         self.rounds = places.tensor("rounds", self.rounds)
         # Constants, but made anew for each generation.
-        for name in ("depths", "parents", "node", "ancestors"):
+        for name in ("depths", "parents", "node", "on_path", "ancestors"):
             setattr(self, name, places.tensor(name, getattr(self, name)))
 
     def fix(self, tokens: int, tree: TreeConfig) -> None:
