@@ -15,7 +15,7 @@ BARRIERS = [
     ("adaptor.cuh", "vs::copy_wait<kSumStages - 2>();\n", "multiply_sums"),
     ("build_tree.cuh", "    node_of[c] = node;\n  }\n", "build_tree_rows"),
     ("accept.cuh", "  shares[thread] = sum;\n", "accept_choose"),
-    ("accept_list.cuh", "words[1] = 0;\n", "accept_list"),
+    ("accept_list.cuh", "(vs::atomic_add(&work.listed[row], uint64_t{listed}));\n  }\n", "accept_list"),
     ("accept_filter.cuh", "ascending[below] = row.list[thread];\n  }\n", "cut_listed"),
     ("accept_filter.cuh", "state[0] = state[1] = state[2] = 0;\n", "gather"),
     ("tree_attention.cuh", "    vs::copy_wait<1>();\n", "attention_splits"),
