@@ -116,6 +116,7 @@ CHANGES = (
     do("partial", lambda part, patch: setattr(part, "partial", functools.partial(one, 1, key=3))),
     do("bound", lambda part, patch: setattr(part, "method", Box(5).__init__)),
     do("dict", lambda part, patch: part.table_of["a"].update(b=2)),
+    do("one", lambda part, patch: part.table_of["a"].update(b=True)),
     do("unlisted", lambda part, patch: setattr(part.unlisted[0], "weight", nn.Parameter(torch.randn(2, 2)))),
     do("data", lambda part, patch: setattr(part.weight, "data", torch.randn(4, 4))),
     do("strides", lambda part, patch: setattr(part.weight, "data", part.weight.data.T)),
