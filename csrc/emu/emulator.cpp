@@ -177,11 +177,17 @@ void free_arena(unsigned char* arena, size_t bytes) {
   std::free(arena);
 }
 
-void run_block(unsigned threads) {
+constexpr unsigned kBlockTags = 2 * (1 + kMaxThreads / kWarp);
+
+void run_block(unsigned threads, char* tags) {
   g_threads = g_live = threads;
   g_ready_head = g_ready_count = 0;
   g_block_group = Group{};
-  for (unsigned w = 0; w < threads / kWarp; ++w) g_warp_groups[w] = Group{};
+  g_block_group.tags = tags;
+  for (unsigned w = 0; w < threads / kWarp; ++w) {
+    g_warp_groups[w] = Group{};
+    g_warp_groups[w].tags = tags + 2 * (1 + w);
+  }
   for (unsigned t = 0; t < threads; ++t) {
     Fiber& fiber = g_fibers[t];
     fiber.thread = t;
@@ -244,11 +250,14 @@ void run(Index3 grid, unsigned threads, size_t shared_bytes, void (*body)(void*)
     for (uint64_t i = blocks; i > 1; --i) std::swap(order[i - 1], order[draw() % i]);
   }
   std::vector<std::pair<unsigned char*, size_t>> arenas;
+  // A barrier orders the threads of its own block alone: one that met where an earlier block's did would hide
+  // a missing fence between the two.
+  std::vector<char> tags(blocks * kBlockTags);
   for (uint64_t index : order) {
     g_block = {static_cast<unsigned>(index % grid.x), static_cast<unsigned>(index / grid.x % grid.y),
                static_cast<unsigned>(index / grid.x / grid.y)};
     open_shared(shared_bytes);
-    run_block(threads);
+    run_block(threads, tags.data() + index * kBlockTags);
 #if defined(VS_EMU_TSAN)
     // Freed once all blocks are ordered before this thread: until then a reused address would look like a
     // race.

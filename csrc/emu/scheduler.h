@@ -28,7 +28,7 @@ struct Group {
   unsigned arrived = 0, phase = 0, first_thread = 0;
   Kind kind = Kind::none;
   Site site{"", 0};
-  char tags[2] = {0, 0};
+  char* tags = nullptr;  // two, whose addresses no other block has
 };
 
 // What one lane brings to a collective.

@@ -67,6 +67,20 @@ VS_KERNEL void last_sums(uint32_t* counter, int* parts, int* out) {
   for (unsigned b = 0; b < vs::grid_size().x; ++b) *out += parts[b];
 }
 
+// The same with barriers on the way, which order a block's own threads and no other's.
+template <bool kOrdered>
+VS_KERNEL void last_block_sums(uint32_t* counter, int* parts, int* out) {
+  vs::Shared shared;
+  int* last = shared.array<int>(1);
+  const unsigned t = vs::thread_index(), blocks = vs::grid_size().x;
+  if (t < 8) parts[vs::block_index().x * 8 + t] = 1;
+  vs::sync_block();
+  if (t == 0) *last = kOrdered ? vs::arrive_last(counter, blocks) : vs::atomic_add(counter, 1u) == blocks - 1;
+  vs::sync_block();
+  if (*last == 0 || t != 0) return;
+  for (unsigned i = 0; i < blocks * 8; ++i) *out += parts[i];
+}
+
 VS_KERNEL void arrive(uint32_t* counter, int* out) {
   if (vs::thread_index() == 0 && vs::arrive_last(counter, vs::grid_size().x)) ++*out;
 }
@@ -200,6 +214,11 @@ bool run(const char* name) {
     const auto kernel = is("ordered_counter") ? last_sums<true> : last_sums<false>;
     test::run(kernel, {8, 1, 1}, 32, 0, counter.get(), parts.get(), out.get());
     return out[0] == 8;
+  }
+  if (is("fenced_blocks") || is("unfenced_blocks")) {
+    const auto kernel = is("fenced_blocks") ? last_block_sums<true> : last_block_sums<false>;
+    test::run(kernel, {8, 1, 1}, 64, vs::shared_bytes<int>(1), counter.get(), parts.get(), out.get());
+    return out[0] == 64;
   }
   if (is("counter_used_again") || is("counter_not_clear")) {
     counter[0] = is("counter_not_clear") ? 8 : 0;

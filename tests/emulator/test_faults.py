@@ -30,13 +30,14 @@ FAULTS = {
     "partial_warp": "launch refused: .*48 threads",
 }
 SOUND = ["barrier", "warp_barrier", "loop_barriers", "own_places", "ordered_counter", "inside"]
-SOUND += ["counter_used_again", "carve_all", "unset_shared", "vector_at_0", "copy_waited"]
+SOUND += ["counter_used_again", "fenced_blocks", "carve_all", "unset_shared", "vector_at_0", "copy_waited"]
 RACES = {
     "no_barrier": "barrier",
     "no_warp_barrier": "warp_barrier",
     "no_loop_barrier": "loop_barriers",
     "same_place": "own_places",
     "relaxed_counter": "ordered_counter",
+    "unfenced_blocks": "fenced_blocks",
 }
 
 

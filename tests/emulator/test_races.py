@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import shutil
 
+import pytest
+
 from tests.emulator import programs
 
 # File, what stands right before a barrier, and the function whose accesses it orders.
 BARRIERS = [
-    ("grow_level.cuh", "entries, bases, log_sums, ranks);\n", "choose_frontier"),
-    ("grow_level.cuh", "groups, keys, scratch, listed);\n", "finish_level"),
     ("adaptor.cuh", "[vs::warp_index() * kWeighQueries + vs::lane_index()] = value;\n", "combine_rows"),
     ("adaptor.cuh", "vs::copy_wait<kScoreStages - 2>();\n", "multiply_scores"),
     ("adaptor.cuh", "vs::copy_wait<kSumStages - 2>();\n", "multiply_sums"),
@@ -39,7 +39,7 @@ def test_removed_barriers_are_races(folder, tmp_path):
         barrier = text.index("vs::sync_block();", start)
         assert not text[start:barrier].strip(), f"{function}: the place of its barrier has changed"
         (source / file).write_text(text[:barrier] + text[barrier + len("vs::sync_block();") :])
-    files = ("accept.cu", "adaptor.cu", "build_tree.cu", "grow_level.cu", "tree_attention.cu")
+    files = ("accept.cu", "adaptor.cu", "build_tree.cu", "tree_attention.cu")
     altered = {name: source / name for name in files}
     program = programs.build("ops", "thread", folder, kernels=programs.KERNELS, altered=altered)
     done = programs.call(program, seed=1)
@@ -48,17 +48,36 @@ def test_removed_barriers_are_races(folder, tmp_path):
         assert f"{file}:" in done.stderr and function in done.stderr, (file, function, done.stderr)
 
 
-def test_a_removed_fence_is_a_race(folder, tmp_path):
-    """Arrivals that are only counted do not order what the other blocks left for the last one."""
-    source = tmp_path / "without" / "csrc"
+# What orders the last block of grow_level behind the others, and its own threads among themselves: the text, what is
+# put in its place, and functions whose accesses must be reported.
+ORDER = {
+    "whole": ("", "", ()),
+    "unfenced": (
+        "vs::arrive_last(arrivals, blocks)",
+        "vs::atomic_add(arrivals, 1u) == blocks - 1",
+        ("finish_level", "merge_sums"),
+    ),
+    "early": ("scratch, listed);\n  vs::sync_block();", "scratch, listed);", ("finish_level",)),
+    "unranked": ("log_sums, ranks);\n    vs::sync_block();", "log_sums, ranks);", ("score_children",)),
+}
+
+
+@pytest.mark.parametrize("name", ORDER)
+def test_the_last_block_sees_what_the_others_did(folder, tmp_path, name):
+    """In blocks of one warp: ThreadSanitizer tells no more than 255 threads apart, and lets races of others pass."""
+    text, other, functions = ORDER[name]
+    source = tmp_path / name / "csrc"
     shutil.copytree(programs.ROOT / "csrc", source)
-    text, arrival = (source / "grow_level.cuh").read_text(), "vs::arrive_last(arrivals, blocks)"
-    assert text.count(arrival) == 1, "the place of the arrival has changed"
-    counted = text.replace(arrival, "vs::atomic_add(arrivals, 1u) == blocks - 1")
-    (source / "grow_level.cuh").write_text(counted)
+    changes = [("grow_scan.cuh", "kGrowThreads = 512;", "kGrowThreads = 32;")]
+    changes += [("grow_scan.cuh", "kGrowGroups = 128;", "kGrowGroups = 8;")]
+    for file, before, after in [*changes, ("grow_level.cuh", text, other)]:
+        whole = (source / file).read_text()
+        assert before == "" or whole.count(before) == 1, f"{before} is not where it was"
+        (source / file).write_text(whole.replace(before, after) if before else whole)
     altered = {"grow_level.cu": source / "grow_level.cu"}
-    program = programs.build("ops", "thread", folder, kernels=programs.KERNELS, altered=altered, name="unordered")
-    done = programs.call(program, seed=1)
-    assert done.returncode == 66, done.stderr
-    for function in ("finish_level", "merge_sums"):
-        assert "grow_level.cuh:" in done.stderr and function in done.stderr, (function, done.stderr)
+    program = programs.build("ops", "thread", folder, kernels=programs.KERNELS, altered=altered, name=name)
+    done = programs.call(program, "grow", seed=1)
+    assert (done.returncode == 0) == (name == "whole"), done.stderr
+    assert ("data race" in done.stderr) == bool(functions), done.stderr
+    for function in functions:
+        assert f"SUMMARY: ThreadSanitizer: data race {source}/grow_level.cuh" in done.stderr and function in done.stderr
