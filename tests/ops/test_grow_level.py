@@ -201,6 +201,21 @@ def test_what_the_next_level_reads(backend, generator, dtype, gap, B, R, K, slot
     expect_carried(got, more)
 
 
+@pytest.mark.sanitize
+@pytest.mark.parametrize(
+    ("batch_stride", "row_stride", "start", "C"),
+    [(48, 24, 0, 16), (49, 24, 0, 16), (48, 19, 0, 16), (48, 24, 1, 16), (48, 24, 0, 15)],
+)
+def test_each_thing_that_forbids_vectors(backend, generator, batch_stride, row_stride, start, C):
+    buffer = torch.full((2 * batch_stride + 1,), torch.nan).half()
+    hidden = buffer.as_strided((2, 2, C), (batch_stride, row_stride, 1), start)
+    hidden.copy_(torch.randn(2, 2, C, generator=generator))
+    more = {"hidden": hidden, "next_hidden": torch.full((2, 4, C), torch.nan).half()}
+    got = check(backend, torch.randn(2, 2, 30, generator=generator), 4, **more)
+    for b, rows in enumerate(got["next_rows"]):
+        assert torch.equal(got["next_hidden"][b], hidden[b, rows])
+
+
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_rows_are_copied_bit_for_bit(backend, generator, dtype):
     """Every number of 16 bits, subnormal ones, infinities and -0 among them."""
