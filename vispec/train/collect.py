@@ -19,7 +19,7 @@ from vispec.targets import Target, load_target, resolve_settings
 from vispec.train.data import DatasetWriter, Sample, Skip, dataset_totals
 from vispec.train.inputs import check_placeholders, extended, merge_inputs, process, prompt_text
 from vispec.train.log import collect_progress
-from vispec.train.loops import BreakOff, loops, repeated
+from vispec.train.loops import breaking_off, looped, repeated
 from vispec.train.sources import ImageStore, Request, Source, UnusableSample
 
 EXTENSION = "Please answer with at least 1000 words."
@@ -265,9 +265,7 @@ def _answers(
             row.extend(tokens)
 
     seeds = [config.seed + one.index for one in batch]
-    options = config.options(batch[0].temperature)
-    if config.max_repeated < 1:
-        options["stopping_criteria"] = [BreakOff(config.max_repeated, target.placeholder_tokens)]
+    options = config.options(batch[0].temperature) | breaking_off(config.max_repeated, target.placeholder_tokens)
     fast_generate(target, draft, inputs, seed=seeds, on_round=keep, **options)
     ends = resolve_settings(target.model, inputs["input_ids"], options).eos_token_ids
     return [(tuple(row), row[-1] in ends) for row in emitted]
@@ -276,9 +274,7 @@ def _answers(
 def _check_answer(answer: tuple[int, ...], ended: bool, target: Target, config: CollectConfig) -> None:
     if len(answer) < config.shortest_answer:
         raise UnusableSample("short answer", f"{len(answer)} tokens")
-    # Without an end below the limit, it was broken off.
-    broken_off = not ended and len(answer) < config.max_new_tokens
-    if loops(answer, config.max_repeated) or broken_off:
+    if looped(answer, ended, config.max_new_tokens, config.max_repeated):
         raise UnusableSample("looping answer", f"{len(answer)} tokens, {repeated(answer):.2f} of its 4-grams repeated")
     if not ended and not config.keep_cut:
         raise UnusableSample("cut answer", f"{len(answer)} tokens without an end")

@@ -15,7 +15,7 @@ from vispec.drafts import Draft
 from vispec.targets import load_target, resolve_settings
 from vispec.train.collect import EXTENSION, prepare
 from vispec.train.data import Skip
-from vispec.train.loops import BreakOff, loops
+from vispec.train.loops import breaking_off, looped
 from vispec.train.sources import ImageStore, Source, UnusableSample
 from vispec.train.words import KINDS, content_words, pieces_of, word_kinds
 from vispec.tree import TreeConfig
@@ -100,7 +100,7 @@ def evaluate(
     store = ImageStore(source.image_root)
     tokenizer = getattr(processor, "tokenizer", processor)
     count = len(source) if limit is None else min(limit, len(source))
-    watches = {temperature: _Watch(max_repeated, shortest_answer) for temperature in temperatures}
+    watches = {temperature: _Watch(shortest_answer) for temperature in temperatures}
     skips: list[Skip] = []
     for index in range(count):
         name = f"row {index}"
@@ -115,8 +115,7 @@ def evaluate(
             options: dict[str, Any] = {"do_sample": False}
             if temperature:
                 options = {"do_sample": True, "temperature": temperature, "top_k": 0, "top_p": 1.0}
-            if max_repeated < 1:
-                options["stopping_criteria"] = [BreakOff(max_repeated, target.placeholder_tokens)]
+            options |= breaking_off(max_repeated, target.placeholder_tokens)
             ends = resolve_settings(target.model, one.inputs["input_ids"], options).eos_token_ids
             watch.begin()
             fast_generate(
@@ -129,8 +128,9 @@ def evaluate(
                 max_new_tokens=max_new_tokens,
                 **options,
             )
-            whole = watch.tokens[-1] in ends or len(watch.tokens) == max_new_tokens
-            watch.end(whole, request.kind, tokenizer, content_words(request.answer or ""))
+            tokens = watch.tokens
+            loop = looped(tokens, tokens[-1] in ends, max_new_tokens, max_repeated)
+            watch.end(loop, request.kind, tokenizer, content_words(request.answer or ""))
         if console is not None:
             taus = ", ".join(f"T={t:g}: tau {watch.total.tau:.2f}" for t, watch in watches.items())
             console.print(f"{index + 1}/{count} prompts, {taus}", highlight=False)
@@ -157,8 +157,7 @@ def evaluate(
 class _Watch:
     """Sorts the rounds of one temperature's generations into groups."""
 
-    def __init__(self, max_repeated: float, shortest_answer: int) -> None:
-        self.max_repeated = max_repeated
+    def __init__(self, shortest_answer: int) -> None:
         self.shortest_answer = shortest_answer
         self.total = Acceptance()
         self.parts = {"first": Acceptance(), "later": Acceptance()}
@@ -181,10 +180,10 @@ class _Watch:
         """The answer so far."""
         return [token for emitted in self._rounds for token in emitted]
 
-    def end(self, whole: bool, kind: str | None, tokenizer: Any, named: frozenset[str]) -> None:
-        """The answer has ended, `whole` or broken off: it counts, or it is left out."""
+    def end(self, loop: bool, kind: str | None, tokenizer: Any, named: frozenset[str]) -> None:
+        """The answer has ended, in a `loop` or not: it counts, or it is left out."""
         tokens = self.tokens
-        if not whole or loops(tokens, self.max_repeated):
+        if loop:
             self.left_out["looping answer"] += 1
             return
         if len(tokens) < self.shortest_answer:

@@ -21,6 +21,16 @@ def loops(answer: Sequence[int], max_repeated: float) -> bool:
     return max(repeated(answer), repeated(answer[-LAST_TOKENS:])) > max_repeated
 
 
+def looped(answer: Sequence[int], ended: bool, max_new_tokens: int, max_repeated: float) -> bool:
+    """Whether a generated answer loops, or was broken off because it did: without an end below the limit."""
+    return loops(answer, max_repeated) or (not ended and len(answer) < max_new_tokens)
+
+
+def breaking_off(max_repeated: float, placeholders: Sequence[int]) -> dict[str, list[BreakOff]]:
+    """Generation options by which an answer ends where it loops; none where every answer is welcome."""
+    return {"stopping_criteria": [BreakOff(max_repeated, placeholders)]} if max_repeated < 1 else {}
+
+
 class BreakOff:
     """A stopping criterion: the last tokens loop. What stands before an answer counts, back to the last picture."""
 
