@@ -14,6 +14,16 @@ using AttentionScores = float[Shape::kPartKeys / 8][4];
 template <class Shape>
 using AttentionSums = float[Shape::kHead / 8][4];
 
+// Adds 16 rows by 16 times 16 columns, which lie in shared memory, to two results of 8 columns.
+template <bool kTransposed, typename T>
+VS_DEVICE void multiply_16(float (*sums)[4], const uint32_t (&rows)[4], const T* columns) {
+  uint32_t loaded[4];
+  vs::load_matrix<4, kTransposed>(loaded, columns);
+  const uint32_t low[2] = {loaded[0], loaded[1]}, high[2] = {loaded[2], loaded[3]};
+  vs::mma<T>(sums[0], rows, low);
+  vs::mma<T>(sums[1], rows, high);
+}
+
 // `queries` and `keys` start at the warp's own.
 template <typename T, class Shape>
 VS_DEVICE void multiply_keys(AttentionScores<Shape>& scores, const T* queries, const T* keys) {
@@ -31,11 +41,7 @@ VS_DEVICE void multiply_keys(AttentionScores<Shape>& scores, const T* queries, c
     vs::load_matrix<4, false>(a, query + k * 16);
     VS_UNROLL
     for (int n = 0; n < Shape::kPartKeys / 16; ++n) {
-      uint32_t b[4];
-      vs::load_matrix<4, false>(b, key + n * 16 * Shape::kPitch + k * 16);
-      const uint32_t low[2] = {b[0], b[1]}, high[2] = {b[2], b[3]};
-      vs::mma<T>(scores[2 * n], a, low);
-      vs::mma<T>(scores[2 * n + 1], a, high);
+      multiply_16<false>(&scores[2 * n], a, key + n * 16 * Shape::kPitch + k * 16);
     }
   }
 }
@@ -56,11 +62,7 @@ VS_DEVICE void multiply_values(AttentionSums<Shape>& sums, const AttentionScores
                            pair(right[2], right[3])};
     VS_UNROLL
     for (int n = 0; n < Shape::kHead / 16; ++n) {
-      uint32_t b[4];
-      vs::load_matrix<4, true>(b, value + k * 16 * Shape::kPitch + n * 16);
-      const uint32_t low[2] = {b[0], b[1]}, high[2] = {b[2], b[3]};
-      vs::mma<T>(sums[2 * n], a, low);
-      vs::mma<T>(sums[2 * n + 1], a, high);
+      multiply_16<true>(&sums[2 * n], a, value + k * 16 * Shape::kPitch + n * 16);
     }
   }
 }

@@ -44,16 +44,6 @@ VS_DEVICE void move_columns(const Commit& p, unsigned char* base, const int64_t*
   }
 }
 
-// Calls f(word) with a word as wide as divides `together`: addresses, strides and sizes in bytes, or'ed.
-template <typename F>
-VS_DEVICE void with_widest_word(uintptr_t together, F&& f) {
-  if (together % 16 == 0) return f(vs::Word16{});
-  if (together % 8 == 0) return f(vs::Word8{});
-  if (together % 4 == 0) return f(uint32_t{});
-  if (together % 2 == 0) return f(uint16_t{});
-  f(uint8_t{});
-}
-
 VS_DEVICE void move_tensor(const Commit& p, int64_t tensor, int64_t b, int64_t count) {
   const int64_t start = p.starts[b * p.starts_stride];
   if (start < 0 || start >= p.L) return;  // stale values during a graph's warm-up
@@ -63,7 +53,7 @@ VS_DEVICE void move_tensor(const Commit& p, int64_t tensor, int64_t b, int64_t c
                              static_cast<uintptr_t>(p.head_stride * p.element_bytes) |
                              static_cast<uintptr_t>(p.slot_stride * p.element_bytes) |
                              static_cast<uintptr_t>(p.head * p.element_bytes);
-  with_widest_word(together, [&](auto word) {
+  vs::with_widest_word(together, [&](auto word) {
     move_columns<decltype(word)>(p, base, p.path + b * p.D, count, p.L - start);
   });
 }
@@ -79,7 +69,7 @@ VS_DEVICE void gather_place(const Commit& p, int64_t b, int64_t place, bool ther
   unsigned char* to = static_cast<unsigned char*>(p.picked) + out * bytes;
   const uintptr_t together =
       reinterpret_cast<uintptr_t>(from) | reinterpret_cast<uintptr_t>(to) | static_cast<uintptr_t>(bytes);
-  with_widest_word(together, [&](auto word) {
+  vs::with_widest_word(together, [&](auto word) {
     using Word = decltype(word);
     const int64_t width = sizeof(Word), threads = int64_t{vs::grid_size().x} * kCommitThreads;
     for (int64_t i = int64_t{vs::block_index().x} * kCommitThreads + vs::thread_index(); i < bytes / width;

@@ -150,18 +150,13 @@ VS_DEVICE void gather_words(const GrowLevel& p, const uint32_t* rows) {
   }
 }
 
-// 16 bytes at a time where every row starts at a multiple of 16, else an element's half or whole.
 VS_DEVICE void gather_hidden(const GrowLevel& p, const uint32_t* rows) {
   const uintptr_t together = reinterpret_cast<uintptr_t>(p.hidden) |
                              reinterpret_cast<uintptr_t>(p.next_hidden) |
                              static_cast<uintptr_t>(p.hidden_batch_stride * p.hidden_bytes) |
                              static_cast<uintptr_t>(p.hidden_row_stride * p.hidden_bytes) |
                              static_cast<uintptr_t>(p.C * p.hidden_bytes);
-  if (together % 16 == 0) {
-    gather_words<vs::Word16>(p, rows);
-  } else {
-    gather_words<uint16_t>(p, rows);
-  }
+  vs::with_widest_word(together, [&](auto word) { gather_words<decltype(word)>(p, rows); });
 }
 
 // The rest of a batch row's level, by one block, from what all its blocks left in the workspace: a few

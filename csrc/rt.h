@@ -66,6 +66,16 @@ struct alignas(8) Word8 {
   uint32_t v[2];
 };
 
+// Calls f(word) with a word as wide as divides `together`: addresses, strides and sizes in bytes, or'ed.
+template <typename F>
+VS_DEVICE void with_widest_word(uintptr_t together, F&& f) {
+  if (together % 16 == 0) return f(Word16{});
+  if (together % 8 == 0) return f(Word8{});
+  if (together % 4 == 0) return f(uint32_t{});
+  if (together % 2 == 0) return f(uint16_t{});
+  f(uint8_t{});
+}
+
 // ---------------------------------------------------------------------------------------------- launching
 
 #if defined(VISPEC_EMULATED)
