@@ -18,6 +18,8 @@ import transformers
 import vispec
 from vispec import ops
 
+RESULTS = Path(__file__).resolve().parent / "results"
+
 
 def circumstances() -> dict[str, Any]:
     """Commit, hardware and versions, for the head of a JSON record.

@@ -1,6 +1,6 @@
-"""Writes the tables of README.md and docs/engine.md from the committed records: no figure is typed by hand.
+"""Writes the tables of the README and of docs/ from the committed records: no figure is typed by hand.
 
-python -m benchmarks.tables          # rewrite the marked blocks of both
+python -m benchmarks.tables          # rewrite the marked blocks
 python -m benchmarks.tables --check  # fail where they differ from the records
 """
 
@@ -16,11 +16,13 @@ from typing import Any
 
 from benchmarks.engine.page import floors, phases, rounds, unmeasured_phases
 from benchmarks.ops import CASES
+from benchmarks.record import RESULTS
+from benchmarks.training import curve, runs
 
-ROOT = Path(__file__).resolve().parent.parent
-RESULTS = ROOT / "benchmarks" / "results"
+ROOT = RESULTS.parent.parent
 README = ROOT / "README.md"
 ENGINE = ROOT / "docs" / "engine.md"
+TRAINING = ROOT / "docs" / "training.md"
 
 
 def lookup_text(row: dict[str, Any]) -> str:
@@ -135,7 +137,11 @@ ENGINE_BLOCKS = {
     "phases": Block("engine_*.json", phases, unmeasured_phases),
     "rounds": Block("engine_*.json", rounds),
 }
-PAGES = {README: README_BLOCKS, ENGINE: ENGINE_BLOCKS}
+TRAINING_BLOCKS = {
+    "curve": Block(curve.RECORD.name, curve.shown),
+    "runs": Block(runs.RECORD.name, runs.shown, lambda: "\n".join(runs.shown({"rows": []}))),
+}
+PAGES = {README: README_BLOCKS, ENGINE: ENGINE_BLOCKS, TRAINING: TRAINING_BLOCKS}
 
 
 def source(record: dict[str, Any]) -> str:

@@ -68,7 +68,7 @@ def main() -> None:
             asked += ["--limit", options.limit, "--max-repeated", "0.3"]
             draft = "prompt-lookup" if changes is None else str(folder)
             command("eval", *model, *asked, "--draft", draft, "--out", str(folder / "figures.json"))
-    print("python -m benchmarks.training_runs record", *runs)
+    print("python -m benchmarks.training runs", *runs)
 
 
 if __name__ == "__main__":

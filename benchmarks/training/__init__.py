@@ -1,0 +1,7 @@
+"""Records of training for docs/training.md: runs that are compared, and the curve of one run.
+
+python -m benchmarks.training runs ViSpec=draft/ "no global feature"=ablation/ "prompt lookup"=lookup/
+python -m benchmarks.training curve draft/ --picture docs/training_curve.svg
+
+`python -m benchmarks.tables` then writes them into the page. A second record replaces the first.
+"""
