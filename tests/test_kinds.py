@@ -12,7 +12,7 @@ import vispec
 from tests import tiny
 from tests.test_draft import random_draft
 from tests.test_greedy import NEW_TOKENS, TREES, plain, unpadded
-from vispec.drafts import MedusaDraft, PromptLookupDraft, ViSpecDraft
+from vispec.drafts import MedusaDraft, OracleDraft, PromptLookupDraft, ViSpecDraft
 from vispec.drafts.base import Plan
 from vispec.prompt import Span
 from vispec.targets import load_target
@@ -37,6 +37,7 @@ KINDS = {
     "many queries": lambda model: random_draft(model, queries=17),
     "medusa": random_medusa,
     "prompt lookup": lambda model: PromptLookupDraft(),
+    "oracle": lambda model: OracleDraft(),
 }
 
 
@@ -79,7 +80,7 @@ def test_sampling_does_not_depend_on_the_draft(families, kind):
     assert torch.equal(vispec.fast_generate(family.model, KINDS[kind](family.model), inputs, **options), expected)
 
 
-@pytest.mark.parametrize("kind", [kind for kind in KINDS if kind != "prompt lookup"])
+@pytest.mark.parametrize("kind", [kind for kind in KINDS if kind not in ("prompt lookup", "oracle")])
 def test_drafts_go_out_and_come_back(families, tmp_path, kind):
     model = families["llava"].model
     draft = KINDS[kind](model)
@@ -227,8 +228,44 @@ def test_prompt_lookup_finds_nothing_or_little():
         PromptLookupDraft(longest_match=0)
 
 
-def test_prompt_lookup_has_a_name(families):
-    assert isinstance(vispec.load_draft("prompt-lookup", target=families["llava"].model), PromptLookupDraft)
+@pytest.mark.parametrize(("name", "kind"), [("prompt-lookup", PromptLookupDraft), ("oracle", OracleDraft)])
+def test_drafts_without_weights_have_names(families, name, kind):
+    assert isinstance(vispec.load_draft(name, target=families["llava"].model), kind)
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_greedy_every_chain_of_the_oracle_is_accepted_whole(families, name):
+    family = families[name]
+    inputs, rounds = family.prompt(0 if name == "llama" else 2, 3), []
+    tree = TreeConfig(depth=12, top_k=1, total_tokens=30)
+    options = {"tree": tree, "max_new_tokens": 41, "eos_token_id": None, "on_round": rounds.append}
+    vispec.fast_generate(family.model, OracleDraft(), inputs, **options)
+    assert [len(event.emitted[0]) for event in rounds] == [1, 14, 14, 12]
+
+
+def test_the_oracle_scores_paths_as_the_target_does(families):
+    """Its scores are the target's own log-probabilities, in a ragged batch with two pictures and none."""
+    family = families["qwen2_5_vl"]
+    prompts = [family.prompt(count, seed=20 + row, text=6 + 2 * row) for row, count in enumerate((2, 0))]
+    batch, rounds = family.batch(prompts, "left"), []
+    options = {"do_sample": True, "temperature": 1.0, "seed": 3, "max_new_tokens": 40}
+    # A model of pictures cannot read their placeholders without one.
+    options["suppress_tokens"] = specials = list(range(tiny.VISION_END, tiny.VOCABULARY))
+    # It grows over more nodes than a word has bits.
+    tree = TreeConfig(depth=9, top_k=8, total_tokens=40)
+    vispec.fast_generate(family.model, OracleDraft(), batch, tree=tree, on_round=rounds.append, **options)
+    for row, prompt in enumerate(prompts):
+        before = rounds[0].emitted[row] + rounds[1].emitted[row]
+        proposed = rounds[2].tree
+        paths = [path for path in proposed.paths()[row] if not set(specials) & set(proposed.tokens[row, path].tolist())]
+        assert max(map(len, paths)) > 2
+        for path in paths:
+            tokens = before[:-1] + [int(proposed.tokens[row, node]) for node in path]
+            grown = torch.cat([prompt["input_ids"], torch.tensor([tokens])], dim=1)
+            logits = family.model(**family.batch([{**prompt, "input_ids": grown}], "left")).logits[0]
+            scores = logits.log_softmax(-1)[-len(path) : -1]
+            expected = scores.gather(1, torch.tensor(tokens[1 - len(path) :])[:, None]).sum().detach()
+            assert float(proposed.scores[row, path[-1]]) == pytest.approx(float(expected), abs=1e-3)
 
 
 def test_prompt_lookup_gains_where_a_text_repeats_itself(families):

@@ -4,6 +4,7 @@ from vispec.drafts.base import Draft, DraftSession
 from vispec.drafts.checkpoint import load_draft
 from vispec.drafts.lookup import PromptLookupDraft
 from vispec.drafts.medusa import MedusaDraft, MedusaDraftConfig
+from vispec.drafts.oracle import OracleDraft
 from vispec.drafts.vispec import ViSpecDraft, ViSpecDraftConfig
 
 __all__ = [
@@ -11,6 +12,7 @@ __all__ = [
     "DraftSession",
     "MedusaDraft",
     "MedusaDraftConfig",
+    "OracleDraft",
     "PromptLookupDraft",
     "ViSpecDraft",
     "ViSpecDraftConfig",

@@ -15,19 +15,21 @@ from torch import Tensor
 
 from vispec.drafts.lookup import PromptLookupDraft
 from vispec.drafts.medusa import MedusaDraft, MedusaDraftConfig
+from vispec.drafts.oracle import OracleDraft
 from vispec.drafts.vispec import ViSpecDraft, ViSpecDraftConfig
 from vispec.targets import load_target
 
 SAFETENSORS = "model.safetensors"
 PICKLE = "pytorch_model.bin"
-PROMPT_LOOKUP = "prompt-lookup"
+# Drafts without weights, by name.
+NAMED = {"prompt-lookup": PromptLookupDraft, "oracle": OracleDraft}
 # Buffers that some exporters write and that follow from the config.
 DERIVED = ("layers.0.self_attn.rotary_emb.inv_freq",)
 
 
 def load_draft(
     folder_or_hub_id: str | Path, target: Any, *, local_files_only: bool = False
-) -> ViSpecDraft | MedusaDraft | PromptLookupDraft:
+) -> ViSpecDraft | MedusaDraft | PromptLookupDraft | OracleDraft:
     """Loads a draft for a target, in the target's dtype and on its device.
 
     Reads `config.json` beside `model.safetensors` or `pytorch_model.bin` (the latter as plain tensors only). What
@@ -36,7 +38,7 @@ def load_draft(
 
     Args:
         folder_or_hub_id: a folder, or a repository of the Hugging Face hub such as
-            ``JLKang/ViSpec-Qwen2.5-VL-7B-Instruct``; or ``prompt-lookup``, which has no weights.
+            ``JLKang/ViSpec-Qwen2.5-VL-7B-Instruct``; or ``prompt-lookup`` or ``oracle``, which have no weights.
         target: the Hugging Face model that the draft was made for.
         local_files_only: do not ask the hub for what is not in the local cache.
 
@@ -45,8 +47,8 @@ def load_draft(
         ValueError: a corrupt or unsafe file, tensors missing or left over, or a draft made for another target.
     """
     target = load_target(target)
-    if str(folder_or_hub_id) == PROMPT_LOOKUP:
-        return PromptLookupDraft()
+    if str(folder_or_hub_id) in NAMED:
+        return NAMED[str(folder_or_hub_id)]()
     folder = _folder(folder_or_hub_id, local_files_only)
     config_file = folder / "config.json"
     if not config_file.is_file():

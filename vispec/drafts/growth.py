@@ -19,6 +19,7 @@ class Frontier(NamedTuple):
     Level l's node k lies in slot l * K + k of the draft's tail. See `ops.grow_level`.
 
     Attributes:
+        rows: which node of the frontier before each one is a child of; None of the roots.
         ancestors: [B, K, W] the slots that each node sees; None before the first level, and where nobody asked.
         hidden: [B, K, C] the output of the pass that each node was proposed by; None where nobody asked.
     """
@@ -26,6 +27,7 @@ class Frontier(NamedTuple):
     candidates: Tensor
     tokens: Tensor
     scores: Tensor
+    rows: Tensor | None = None
     ancestors: Tensor | None = None
     hidden: Tensor | None = None
 
@@ -72,6 +74,7 @@ class TreeGrower:
             candidates=integers(),
             tokens=integers(),
             scores=torch.empty(batch, top_k, dtype=torch.float32, device=logits.device),
+            rows=integers(),
             ancestors=None if last else integers((slots + top_k + 63) // 64),
             hidden=None if last else hidden.new_empty(batch, top_k, hidden.shape[2]),
         )
@@ -84,7 +87,7 @@ class TreeGrower:
             candidate_parents=self._parents,
             offset=self._grown,
             next_frontier=following.candidates,
-            next_rows=integers(),
+            next_rows=following.rows,
             next_tokens=following.tokens,
             next_scores=following.scores,
             arrivals=self._arrivals,

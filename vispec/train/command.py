@@ -100,7 +100,7 @@ def _fit_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def _eval_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--draft", required=True, help="folder, hub id, or prompt-lookup")
+    parser.add_argument("--draft", required=True, help="folder, hub id, prompt-lookup or oracle")
     parser.add_argument("--out", help="JSON file; default: standard output")
     parser.add_argument("--plot", metavar="PNG", help="also draw the figures (needs matplotlib)")
     parser.add_argument("--temperatures", type=float, nargs="+", default=[0.0, 1.0], metavar="T")
