@@ -14,7 +14,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import resource
 import statistics
 import subprocess
 import sys
@@ -27,7 +26,7 @@ from rich.progress import track
 from rich.table import Table
 
 import vispec
-from benchmarks.record import write
+from benchmarks.record import peak_resident_bytes, write
 from vispec import demo
 from vispec.cli.prompts import make_inputs, open_pictures
 from vispec.compare import Comparison, compare
@@ -165,9 +164,7 @@ def child(arguments: argparse.Namespace) -> None:
         vispec.fast_generate(
             model, draft, inputs, tree=demo.TREE, max_new_tokens=arguments.max_new_tokens, do_sample=False
         )
-    # ru_maxrss counts KiB on Linux and bytes on macOS.
-    unit = 1 if sys.platform == "darwin" else 1024
-    print(json.dumps({"peak_bytes": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit}))
+    print(json.dumps({"peak_bytes": peak_resident_bytes()}))
 
 
 def measure_memory(arguments: argparse.Namespace) -> list[dict[str, Any]]:

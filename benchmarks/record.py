@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import platform
+import resource
 import shutil
 import subprocess
 from datetime import datetime, timezone
@@ -53,6 +54,17 @@ def gpu_state() -> dict[str, str] | None:
     done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=30)
     values = [value.strip() for value in done.stdout.strip().split(",")]
     return dict(zip(names, values, strict=True)) if done.returncode == 0 and len(values) == len(names) else None
+
+
+def peak_resident_bytes() -> int:
+    """The most memory that this process has held at one time."""
+    status = Path("/proc/self/status")
+    if status.is_file():
+        # Not ru_maxrss, which on Linux starts at what the parent held.
+        line = next(line for line in status.read_text().splitlines() if line.startswith("VmHWM:"))
+        return int(line.split()[1]) * 1024
+    # In bytes on macOS.
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
 
 
 def write(path: str | Path, name: str, rows: Any, **more: Any) -> None:

@@ -17,7 +17,7 @@ from typing import Any
 from benchmarks.engine.page import floors, phases, rounds, unmeasured_phases
 from benchmarks.ops import CASES
 from benchmarks.record import RESULTS
-from benchmarks.training import curve, runs
+from benchmarks.training import costs, curve, runs
 
 ROOT = RESULTS.parent.parent
 README = ROOT / "README.md"
@@ -138,6 +138,7 @@ ENGINE_BLOCKS = {
     "rounds": Block("engine_*.json", rounds),
 }
 TRAINING_BLOCKS = {
+    "costs": Block(costs.RECORD.name, costs.shown),
     "curve": Block(curve.RECORD.name, curve.shown),
     "runs": Block(runs.RECORD.name, runs.shown, lambda: "\n".join(runs.shown({"rows": []}))),
 }

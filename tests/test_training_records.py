@@ -10,7 +10,7 @@ from xml.etree import ElementTree
 import pytest
 
 from benchmarks import tables
-from benchmarks.training import curve, runs
+from benchmarks.training import costs, curve, runs
 from benchmarks.training.__main__ import main
 
 
@@ -43,8 +43,8 @@ def test_runs_become_rows(tmp_path, monkeypatch):
     monkeypatch.setattr(runs, "RECORD", tmp_path / runs.RECORD.name)
     compared = [f"ViSpec={tmp_path / 'whole'}", f"ViSpec={tmp_path / 'again'}", f"prompt lookup={tmp_path / 'lookup'}"]
     main(["runs", *compared])
-    page = "before\n<!-- curve -->\nold\n<!-- /curve -->\n<!-- runs -->\nold\n<!-- /runs -->\nbehind\n"
-    lines = tables.rendered(page, tmp_path, tables.TRAINING).splitlines()
+    page = "".join(f"<!-- {name} -->\nold\n<!-- /{name} -->\n" for name in tables.TRAINING_BLOCKS)
+    lines = tables.rendered(f"before\n{page}behind\n", tmp_path, tables.TRAINING).splitlines()
     # 20 steps of 1500 rows and half a minute each, and as many of 500 rows and a minute: 1.5 +- sqrt(0.5).
     assert "| ViSpec | 2 | 20,000 | 15 | 1.50 ± 0.71 | 1.00x | 0.75 ± 0.35 | 1.00x |" in lines
     assert "| prompt lookup | 1 | 0 | 0 | 0.50 | 0.33x | 0.25 | 0.33x |" in lines
@@ -100,6 +100,13 @@ def test_the_picture_of_the_curve_holds_the_committed_figures(tmp_path):
     picture = ElementTree.parse(tables.ROOT / "docs" / "training_curve.svg").getroot()
     held = picture.find(".//{http://purl.org/dc/elements/1.1/}description").text
     assert json.loads(held) == curve.points(rows), "run python -m benchmarks.training curve again"
+
+
+def test_costs_are_shown():
+    row = {"model": "demo", "dtype": "bfloat16", "requests": 16, "batch_size": 8, "max_new_tokens": 64, "repeats": 3}
+    row |= {"collect_over_generate": 1.234, "target_share_of_a_step": 0.65, "fit_over_plain_memory": 1.4}
+    text = "\n".join(costs.shown({"rows": [row]}))
+    assert all(figure in text for figure in ("| 1.23x |", "| 65% |", "| 1.40x |", "demo, bfloat16, 16 prompts"))
 
 
 def test_a_curve_is_drawn(tmp_path):
