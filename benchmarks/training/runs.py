@@ -31,6 +31,7 @@ RUNS = (
     "text-only EAGLE",
     "Medusa",
     "prompt lookup",
+    "oracle",
 )
 # What must be the same in all runs of a comparison.
 ALIKE = ("tree", "max_new_tokens", "extension", "max_repeated", "shortest_answer", "seed", "prompts")

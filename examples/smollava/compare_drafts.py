@@ -10,7 +10,7 @@ import sys
 from pathlib import Path
 
 HERE = Path(__file__).resolve().parent
-# What each changes in the settings of a ViSpec draft; None: there is nothing to train.
+# What each changes in the settings of a ViSpec draft; None: there is nothing to train, and `eval` knows the name.
 DRAFTS = {
     "ViSpec": [],
     "EAGLE-2": ["--num-queries", "0"],
@@ -19,6 +19,7 @@ DRAFTS = {
     "no self-rollout": ["--mtp-steps", "0"],
     "Medusa": ["--kind", "medusa", "--no-balanced", "--mtp-steps", "3"],
     "prompt lookup": None,
+    "oracle": None,
     "5 queries": ["--num-queries", "5"],
     "17 queries": ["--num-queries", "17"],
     "65 queries": ["--num-queries", "65"],
@@ -39,6 +40,7 @@ def main() -> None:
     parser.add_argument("--held-out", required=True, help="JSONL of `write_requests.py`")
     parser.add_argument("--image-root", required=True)
     parser.add_argument("--limit", default="32", help="held-out requests")
+    parser.add_argument("--max-new-tokens", default="128", help="of the held-out answers")
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--steps", default="160", help="of 16 samples")
     parser.add_argument("--seeds", nargs="+", default=["0", "1", "2"])
@@ -65,8 +67,8 @@ def main() -> None:
                 command("fit", *model, "--data", *options.data, *shared, *changes, *places, *resumed)
             folder.mkdir(exist_ok=True)
             asked = ["--source", options.held_out, "--image-root", options.image_root, "--extension", ""]
-            asked += ["--limit", options.limit, "--max-repeated", "0.3"]
-            draft = "prompt-lookup" if changes is None else str(folder)
+            asked += ["--limit", options.limit, "--max-repeated", "0.3", "--max-new-tokens", options.max_new_tokens]
+            draft = name.replace(" ", "-") if changes is None else str(folder)
             command("eval", *model, *asked, "--draft", draft, "--out", str(folder / "figures.json"))
     print("python -m benchmarks.training runs", *runs)
 

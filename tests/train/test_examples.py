@@ -53,3 +53,24 @@ def test_requests_are_written_as_the_commands_read_them(tmp_path, monkeypatch):
     (tmp_path / "rows.jsonl").write_text(json.dumps(row) + "\n")
     request = open_source(tmp_path / "rows.jsonl", image_root=tmp_path / "pictures")[0]
     assert request.answer == text and (tmp_path / "pictures" / request.images[0]).is_file()
+
+
+@pytest.mark.parametrize(
+    ("credit", "shown"),
+    [
+        ("Credit: “Camp” by A. Person/flickr, CC BY 2.0", True),
+        ("Credit: modification of work by B, Public Domain", True),
+        ("Credit: C/Wikimedia Commons, CC BY-SA 4.0", False),
+        ("Credit: D/flickr, CC BY-NC-ND 2.0", False),
+        ("Credit: E. All rights reserved", False),
+        ("", False),
+        (None, False),
+    ],
+)
+def test_a_page_shows_only_pictures_that_ask_for_nothing_but_their_credit(monkeypatch, credit, shown):
+    monkeypatch.syspath_prepend(str(EXAMPLE))
+    for name in ("sample_answers", "pictures", "scenes"):
+        monkeypatch.delitem(sys.modules, name, raising=False)
+    import sample_answers
+
+    assert sample_answers.free(credit) is shown
