@@ -65,7 +65,7 @@ VS_DEVICE const T* accept_row(const Accept& p, int64_t b, int64_t t) {
 VS_DEVICE bool emits(const Accept& p, int64_t b) { return p.finished[b] == 0 && p.remaining[b] > 0; }
 
 // The best score of a row after temperature (monotone, so the best logit's); whether the row can be used at
-// all.
+// all, which it cannot be with a temperature that is no positive number either.
 struct Best {
   float score;
   bool usable;
@@ -73,7 +73,8 @@ struct Best {
 VS_DEVICE Best best_score(uint64_t rank, float temperature) {
   const uint32_t key = static_cast<uint32_t>(rank >> 32);
   const float score = vs::divide(key_value(key), temperature);
-  return {score, score < vs::infinity() && score > -vs::infinity() && temperature > 0.0f};
+  return {score, score < vs::infinity() && score > -vs::infinity() && temperature > 0.0f &&
+                     temperature < vs::infinity()};
 }
 
 // Called by one whole warp: the best of the row's chunks, in every lane.
@@ -144,8 +145,9 @@ VS_DEVICE uint64_t kept_weight(float logit, uint32_t column, const Keep& keep) {
 
 VS_DEVICE Keep row_keep(const Accept& p, int64_t b, float best, uint64_t cut) {
   const float temperature = p.temperature[b], score = key_value(static_cast<uint32_t>(cut >> 32));
+  const float min_p = p.min_p[b] < 1.0f ? p.min_p[b] : 1.0f;  // the best token stays, whatever is asked for
   return {temperature, best, logit_below(score * temperature, score, temperature),
-          static_cast<double>(p.min_p[b]) * (uint64_t{1} << kWeightBits), cut};
+          static_cast<double>(min_p) * (uint64_t{1} << kWeightBits), cut};
 }
 
 template <typename T>
@@ -209,7 +211,7 @@ VS_KERNEL void VS_BOUNDS(kChooseThreads, 4) accept_choose(Accept p, AcceptWorksp
     uint64_t total = 0;
     for (uint32_t c = thread; c < chunks; c += vs::kWarpSize) total += sums[c];
     total = vs::warp_sum(total);
-    const double uniform = draw_uniform(p.seeds[b], p.lengths[b] + node_depth(p.parents + b * p.T, t));
+    const double uniform = draw_uniform(p.seeds[b], p.lengths[b], node_depth(p.parents + b * p.T, t));
     // Rounding the sum to a double cannot bring the product up to the sum: uniform is at most 1 - 2^-48.
     const Crossing at =
         find_crossing(sums, chunks, static_cast<uint64_t>(uniform * static_cast<double>(total)));

@@ -48,9 +48,11 @@ VISPEC_HOST_DEVICE Philox4 philox4x32(Philox4 counter, uint32_t key0, uint32_t k
   return counter;
 }
 
-// 48-bit uniform number in [0, 1) of an absolute position: all of the first word above half of the second.
-VISPEC_HOST_DEVICE double draw_uniform(int64_t seed, int64_t position) {
-  const uint64_t key = static_cast<uint64_t>(seed), place = static_cast<uint64_t>(position);
+// 48-bit uniform number in [0, 1) of the absolute position length + depth: all of the first word above half
+// of the second. The sum wraps: a stale length may be anything.
+VISPEC_HOST_DEVICE double draw_uniform(int64_t seed, int64_t length, int64_t depth) {
+  const uint64_t key = static_cast<uint64_t>(seed);
+  const uint64_t place = static_cast<uint64_t>(length) + static_cast<uint64_t>(depth);
   const Philox4 counter = {
       {kAcceptStream, 0u, static_cast<uint32_t>(place), static_cast<uint32_t>(place >> 32)}};
   const Philox4 bits = philox4x32(counter, static_cast<uint32_t>(key), static_cast<uint32_t>(key >> 32));

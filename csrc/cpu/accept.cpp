@@ -106,7 +106,8 @@ int64_t pick(const std::vector<int64_t>& weights, int64_t V, int64_t total, doub
   return -1;
 }
 
-int64_t draw(const void* row, DType dtype, int64_t V, const Settings& settings, int64_t position) {
+int64_t draw(const void* row, DType dtype, int64_t V, const Settings& settings, int64_t length,
+             int64_t depth) {
   Scratch& s = scratch();
   s.scores.resize(V);
   s.weights.resize(V);
@@ -127,7 +128,7 @@ int64_t draw(const void* row, DType dtype, int64_t V, const Settings& settings, 
       total += s.weights[i];
     }
   }
-  return pick(s.weights, V, total, draw_uniform(settings.seed, position));
+  return pick(s.weights, V, total, draw_uniform(settings.seed, length, depth));
 }
 
 // Of a token whose logit is finite, in a row without NaN or +inf: before temperature and filters.
@@ -157,7 +158,7 @@ void walk(const Accept& op, int64_t b) {
   bool ended = false;
   for (int64_t node = 0; node >= 0 && count < std::min(op.D, op.remaining[b]) && !ended;) {
     const void* row = row_at(op.logits, op.dtype, b * op.logits_batch_stride + node * op.logits_row_stride);
-    const int64_t token = op.do_sample ? draw(row, op.dtype, op.V, settings, op.lengths[b] + count)
+    const int64_t token = op.do_sample ? draw(row, op.dtype, op.V, settings, op.lengths[b], count)
                                        : rows().argmax(row, op.dtype, op.V);
     if (token < 0) {
       std::fill(path, path + count, -1);

@@ -283,6 +283,65 @@ def test_overflow_by_temperature_is_a_status(backend):
     assert got["status"].tolist() == [1, 1]
 
 
+@pytest.mark.parametrize("sampled", [False, True])
+def test_stale_rows_stay_inside(kernels, generator, sampled):
+    """Before a graph's first replay trees, lengths and limits may be anything; the rows beside them notice nothing."""
+    B, T, V, D = 6, 40, 70, 7
+    far = torch.iinfo(torch.int64)
+    tokens, parents = random_tree(B, T, V, generator)
+    logits = leaning(tokens, parents, V, generator, 4.0)
+    logits[1, :, 5] = 9.0  # the walk goes where a token 5 is
+    inputs = {"lengths": torch.tensor([3, far.max, far.min, far.max - 1, -1, 8])}
+    inputs["remaining"] = torch.tensor([90, far.max, 90, far.min, far.max, 90])
+    finished = torch.tensor([0, 0, 0, 0, far.min, 0])
+    sampling = sampling_of(B, temperature=0.5) if sampled else None
+    places = outputs(B, D, finished) | {"log_probabilities": floats(B, D), "end_tokens": integers(1)}
+    clean = kernels.run(accept, logits, tokens, parents, sampling=sampling, **inputs, **places)
+    parents[1:5] = torch.randint(-T, 2 * T, (4, T), generator=generator)
+    parents[1, ::2] = torch.arange(0, T, 2)  # a node that is its own parent
+    parents[2, ::3] = torch.tensor([far.min, far.max]).repeat(7)
+    tokens[1, ::2] = 5
+    tokens[2:5] = torch.randint(far.min, far.max, (3, T), generator=generator)
+    got = kernels.run(accept, logits, tokens, parents, sampling=sampling, **inputs, **places)
+    for name in (*NAMES, "log_probabilities"):
+        assert torch.equal(got[name][[0, 5]], clean[name][[0, 5]]), name
+    assert got["counts"].tolist()[3:5] == [0, 0]
+    for b in (1, 2):
+        count = int(got["counts"][b])
+        assert 1 <= count <= D and int(got["status"][b]) == 0
+        assert bool((got["path"][b, :count] >= 0).all()) and bool((got["path"][b, :count] < T).all())
+        assert bool((got["emitted"][b, :count] >= 0).all()) and bool((got["emitted"][b, :count] < V).all())
+        assert bool(got["log_probabilities"][b].isfinite().all())
+
+
+@pytest.mark.sanitize
+@pytest.mark.parametrize("V", [10, 5000])
+def test_settings_out_of_range_draw_tokens_of_the_row(kernels, generator, V):
+    """The CPU refuses them; a GPU cannot look before it starts."""
+    nan, inf = torch.nan, torch.inf
+    wrong = {"temperature": [nan, 0.0, -1.0, inf, -inf], "min_p": [nan, 2.0, inf, -1.0, -inf]}
+    wrong |= {"top_p": [nan, 2.0, inf, -1.0, -inf], "top_k": [-1, -(1 << 63), (1 << 63) - 1]}
+    rows = [{"top_k": 3, name: value} for name, values in wrong.items() for value in values]
+    rows += [{"top_p": 0.5} | row for row in rows]
+    B, defaults = len(rows), {"temperature": 1.0, "top_k": 0, "top_p": 1.0, "min_p": 0.0}
+    settings = [
+        torch.tensor([(defaults | row)[name] for row in rows], dtype=torch.int64 if name == "top_k" else torch.float32)
+        for name in defaults
+    ]
+    sampling = Sampling(*settings, torch.arange(B))
+    logits = torch.randn(B, 1, V, generator=generator)
+    logits[:, :, 3::2] = -inf
+    tree = torch.zeros(B, 1, dtype=torch.int64)
+    inputs = {"lengths": tree[:, 0], "remaining": torch.full((B,), 9), "end_tokens": integers(0)}
+    places = outputs(B, 1) | {"log_probabilities": floats(B, 1)}
+    got = kernels.run(accept, logits, tree, tree - 1, sampling=sampling, **inputs, **places)
+    unusable = torch.tensor(["temperature" in row for row in rows])
+    assert torch.equal(got["status"] == 1, unusable) and torch.equal(got["counts"] == 0, unusable)
+    drawn = got["emitted"][~unusable]
+    assert bool(((drawn % 2 == 0) | (drawn == 1)).all()) and bool((drawn >= 0).all()) and bool((drawn < V).all())
+    assert bool(got["log_probabilities"].isfinite().all())
+
+
 def test_no_disagreement_in_many_draws(backend, generator):
     """Thousands of draws, one node each: not one token may differ from the reference's."""
     B, V = (100, 300) if backend.name == "emulated" else (1000, 777)
