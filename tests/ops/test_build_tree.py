@@ -94,6 +94,20 @@ def test_unscored_candidates_come_last(backend):
     assert got["scores"].tolist() == [[0, -1, -torch.inf, -0.5, -torch.inf]]
 
 
+@pytest.mark.parametrize("T", [1, 40, 131])
+def test_stale_parents_and_scores_make_a_tree_all_the_same(backend, generator, T):
+    """A parent that is not an earlier candidate, or is not kept, is the root."""
+    B, N = 3, 140
+    parents = torch.randint(-3, N + 3, (B, N), generator=generator)
+    parents[0, ::7] = torch.arange(N)[::7]
+    parents[1, ::5] = torch.tensor([-(1 << 63), (1 << 63) - 1]).repeat(14)
+    tokens = torch.randint(-(1 << 62), 1 << 62, (B, N), generator=generator)
+    scores = torch.randn(B, N, generator=generator)
+    scores[2, ::3] = torch.nan
+    got = check(backend, torch.arange(B), tokens, scores, parents, T)
+    assert bool((got["parents"] < torch.arange(T)).all()) and bool((got["parents"][:, 1:] >= 0).all())
+
+
 def test_chain(backend):
     N = 130
     scores = -torch.arange(N)[None].float()

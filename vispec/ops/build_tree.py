@@ -29,7 +29,8 @@ def build_tree(
 
     Shapes (B batch, N candidates, T nodes, W = ceil(T / 64) words; integers int64):
         root_tokens: [B]. candidate_tokens, candidate_scores (float32), candidate_parents: [B, N]; a
-            parent is a candidate index below the candidate's own, -1 for a child of the root.
+            parent is a candidate index below the candidate's own; anything else makes a child of
+            the root, -1 by convention.
         tokens, parents, depths, scores (float32): [B, T], ancestors: [B, T, W]; written in place.
             Node 0 is the
             root: parent -1, depth 0, score 0. Bit i % 64 of ancestors[b, n, i // 64] says that node
@@ -118,7 +119,8 @@ def build_tree_reference(
     scores[:, 0] = 0
     scores[:, 1:] = ranked.gather(1, kept)
     parents[:, 0] = -1
-    parents[:, 1:] = node_of.gather(1, candidate_parents.gather(1, kept) + 1)
+    above = candidate_parents.gather(1, kept)
+    parents[:, 1:] = node_of.gather(1, torch.where((above >= 0) & (above < kept), above, -1) + 1)
 
     # A parent precedes its children: one pass in order of nodes completes every ancestor row.
     is_ancestor = torch.eye(T, dtype=torch.bool, device=device).repeat(B, 1, 1)
