@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from unittest import mock
 
 import pytest
 import torch
@@ -32,6 +35,14 @@ def why_missing(name: str) -> str | None:
     return None
 
 
+@contextmanager
+def poisoned_memory() -> Iterator[None]:
+    """What an op allocates for itself starts as bytes of 255: NaN in every floating-point format."""
+    empty = torch.empty
+    with mock.patch.object(torch, "empty", lambda *size, **more: empty(*size, **more).fill_(255)):
+        yield
+
+
 class Backend:
     """One way to run the ops: a name, a device, and a switch."""
 
@@ -43,11 +54,11 @@ class Backend:
         """Call `op` on this backend's device with copies of the tensors; return the named ones
         afterwards.
 
-        Strides are kept, so that a view with gaps stays one.
+        Strides are kept, so that a view with gaps stays one. Workspaces are poisoned.
         """
         moved = [self._move(tensor) for tensor in tensors]
         keywords = {name: self._move(value) for name, value in named.items()}
-        with use_backend(None if self.name == "cuda" else self.name):
+        with use_backend(None if self.name == "cuda" else self.name), poisoned_memory():
             op(*moved, **keywords)
         if self.name == "cuda":
             torch.cuda.synchronize()

@@ -12,13 +12,6 @@ from vispec.ops import adaptor, attend, use_backend
 HALVES = [torch.float16, torch.bfloat16]
 
 
-@pytest.fixture(autouse=True)
-def poisoned_workspace(monkeypatch):
-    """What an op allocates for itself starts as bytes of 255: NaN in every floating-point format."""
-    empty = torch.empty
-    monkeypatch.setattr(torch, "empty", lambda *size, **more: empty(*size, **more).fill_(255))
-
-
 def lines(count: int, C: int, dtype: torch.dtype, generator: torch.Generator, *, scale: float = 1.0) -> torch.Tensor:
     """[count, C] random numbers inside a larger buffer of NaN, with a row stride that no size explains."""
     buffer = torch.full((count + 3, C + 24), torch.nan, dtype=dtype)
@@ -57,11 +50,14 @@ def check(backend, spans, C, R, dtype, generator, **more) -> None:
         assert error <= 2 * (attend(queries, own).double() - exact).abs().max(), (start, length, float(error))
 
 
-@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(
+    "dtype", [torch.float32, torch.float16, pytest.param(torch.bfloat16, marks=pytest.mark.sanitize)]
+)
 @pytest.mark.parametrize(
     ("spans", "C", "R"),
     [
         ([(0, 1)], 64, 2),
+        ([(0, 3), (2, 40)], 8, 1),
         ([(5, 63)], 64, 8),
         ([(1, 64), (80, 0), (70, 65)], 72, 18),
         ([(3, 576), (0, 1)], 64, 64),
