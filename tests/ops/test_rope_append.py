@@ -20,16 +20,17 @@ def tables(B: int, T: int, R: int, generator) -> tuple[Tensor, Tensor]:
 
 
 def make(dtype, B, H, G, T, L, D, R, generator, *, biases=True, gap=0) -> dict:
-    """Arguments whose projections are views of one [B, T, (H + 2G) * D + gap] result; caches and output are NaN."""
+    """Arguments whose projections are views of one [B, T, (H + 2G) * D + gap] result; the rest is NaN."""
 
     def draw(*shape: int) -> Tensor:
         return (torch.randn(shape, generator=generator) * 3).to(dtype)
 
-    projected = draw(B, T, (H + 2 * G) * D + gap)[..., : (H + 2 * G) * D].unflatten(2, (-1, D)).transpose(1, 2)
+    rows = torch.nn.functional.pad(draw(B, T, (H + 2 * G) * D), (0, gap), value=torch.nan)
+    projected = rows[..., : (H + 2 * G) * D].unflatten(2, (-1, D)).transpose(1, 2)
     queries, new_keys, new_values = projected.split([H, G, G], dim=1)
     cosines, sines = (table.to(dtype) for table in tables(B, T, R, generator))
     bias = (draw(H * D), draw(G * D), draw(G * D)) if biases else (None, None, None)
-    caches = torch.full((2, B, G, L, D + gap), torch.nan, dtype=dtype)[..., :D]
+    caches = torch.full((2, B, G, L + T, D + gap), torch.nan, dtype=dtype)[..., :L, :D]
     return {
         "queries": queries,
         "tail": Tail(new_keys, new_values, cosines, sines, *bias),
@@ -40,7 +41,8 @@ def make(dtype, B, H, G, T, L, D, R, generator, *, biases=True, gap=0) -> dict:
 
 
 def check(backend, arguments: dict, lengths: list[int], offset: int = 0) -> None:
-    """Against Hugging Face's own function, to the bit; slots of no new token keep what they held."""
+    """Against Hugging Face's own function, to the bit; slots of no new token, and all between and behind the caches'
+    own, keep what they held."""
     queries, tail, keys, values = (arguments[name] for name in ("queries", "tail", "keys", "values"))
     (T, D), L, R = queries.shape[2:], keys.shape[2], tail.cosines.shape[2]
 
@@ -52,20 +54,22 @@ def check(backend, arguments: dict, lengths: list[int], offset: int = 0) -> None
     expected = torch.cat([turned[0], own[..., R:]], dim=-1)
     new_keys = torch.cat([turned[1], new[..., R:]], dim=-1)
     new_values = biased(tail.values, tail.value_bias)
-    cached_keys, cached_values = keys.clone(), values.clone()
+    memory = torch.full((keys.untyped_storage().nbytes() // keys.itemsize,), torch.nan, dtype=keys.dtype)
+
+    def caches(memory: Tensor) -> list[Tensor]:
+        return [memory.as_strided(cache.shape, cache.stride(), cache.storage_offset()) for cache in (keys, values)]
+
+    def call(queries: Tensor, tail: Tail, lengths: Tensor, *, memory: Tensor, output: Tensor) -> None:
+        rope_append(queries, tail, *caches(memory), lengths, output=output, offset=offset)
+
+    back = backend.run(call, queries, tail, torch.tensor(lengths), memory=memory, output=arguments["output"])
+    cached_keys, cached_values = caches(memory)
     for b, length in enumerate(lengths):
         for t in range(T):
             slot = min(max(length, 0), L) + offset + t
             if slot < L:
                 cached_keys[b, :, slot], cached_values[b, :, slot] = new_keys[b, :, t], new_values[b, :, t]
-
-    positional = [arguments[name] for name in ("queries", "tail", "keys", "values")]
-    back = backend.run(rope_append, *positional, torch.tensor(lengths), output=arguments["output"], offset=offset)
-    for got, want in (
-        (back["output"], expected),
-        (back["positional"][2], cached_keys),
-        (back["positional"][3], cached_values),
-    ):
+    for got, want in ((back["output"], expected), (back["memory"], memory)):
         torch.testing.assert_close(got, want, rtol=0, atol=0, equal_nan=True)
 
 
