@@ -130,6 +130,20 @@ def test_minus_infinity_in_the_frontier(backend, generator):
     assert got["next_rows"].tolist() == [[1, 1, 1]]
 
 
+def test_a_stale_frontier(backend, generator):
+    """Scores that are no numbers count as -inf, and what a row is called is copied as it is."""
+    logits = torch.randn(2, 3, 40, generator=generator)
+    scores = torch.tensor([[torch.nan, -1.0, torch.nan], [torch.nan] * 3])
+    frontier = torch.tensor([[-(1 << 63), (1 << 63) - 1, 7], [-5, 1 << 40, 0]])
+    places = outputs(2, 12, 4)
+    got = backend.run(grow_level, logits, scores, frontier, offset=0, **places)
+    assert got["next_rows"].tolist() == [[1, 1, 1, 1], [0, 0, 0, 0]]
+    assert torch.equal(got["candidate_parents"], frontier.repeat_interleave(4, dim=1))
+    kept = got["candidate_scores"].view(2, 3, 4)
+    assert bool((kept[scores.isnan()] == -torch.inf).all()) and bool(kept[0, 1].isfinite().all())
+    assert bool((got["next_scores"][1] == -torch.inf).all())
+
+
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_reduced_head(backend, generator, dtype):
     logits = torch.randn(2, 3, 129, generator=generator).to(dtype)
@@ -190,6 +204,7 @@ def expect_carried(got: dict, more: dict) -> None:
         (1, 8, 8, 57, 24),  # over a word's edge
         (2, 4, 4, 64, 7),
         (1, 2, 64, 63, 5),  # two words more than the rows', less one bit
+        (1, 3, 4, 130, 6),
         (3, 5, 16, 240, 33),  # as many slots as tree_attention takes
         (1, 8, 8, 8, 1112),  # more vectors than threads hold at once
     ],
