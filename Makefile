@@ -31,7 +31,7 @@ asan: $(VENV)/.test
 	VISPEC_EMULATED_FOLDER=$$(dirname $$(find $(abspath $(ASAN_BUILD)) -name '_emulated*.so')) \
 	ASAN_OPTIONS=detect_leaks=0 UBSAN_OPTIONS=halt_on_error=1 \
 	LD_PRELOAD="$$($(CXX) -print-file-name=libasan.so) $$($(CXX) -print-file-name=libubsan.so)" OMP_NUM_THREADS=1 \
-		$(BIN)/python -m pytest tests/ops tests/kernels/test_rare_ways.py -k emulated $(IN_PARALLEL)
+		$(BIN)/python -m pytest tests/ops tests/kernels/test_rare_ways.py -k "emulated or desktop" $(IN_PARALLEL)
 
 # The kernels under ThreadSanitizer, and the proof that it reports a barrier that is missing.
 tsan: $(VENV)/.test
