@@ -138,7 +138,7 @@ def test_finished_rows_keep_their_root(backend):
 def test_stale_values_stay_inside(kernels):
     """Before a graph's first replay counts, paths and starts may be anything: no row moves, zeros are gathered."""
     huge = 1 << 50
-    path = torch.tensor([[-huge, huge], [-1, 40], [3, 40], [0, 1]])
+    path = torch.tensor([[-huge, huge], [-1, 40], [3, 4], [0, 1]])  # one beyond the slots, one beyond the nodes
     emitted, counts, starts = path * 3, torch.tensor([huge, 2, 2, -huge]), torch.tensor([-huge, 10, 11, huge])
     tensors = caches(2, 4, 2, 14, 8, torch.bfloat16)
     features = torch.ones(4, 4, 5)

@@ -103,6 +103,29 @@ def test_one_misaligned_address(backend, generator, name):
     check(backend, arguments, [2])
 
 
+def spaced(tensor: Tensor, dim: int) -> Tensor:
+    """The same values in a larger buffer of NaN, where the stride of `dim` is odd and the others multiples of 8."""
+    strides, needed = [1], tensor.shape[-1]
+    for place in range(tensor.dim() - 2, -1, -1):
+        strides.insert(0, (needed + 7) // 8 * 8 + (place == dim))
+        needed += strides[0] * (tensor.shape[place] - 1)
+    return torch.full((needed,), torch.nan, dtype=tensor.dtype).as_strided(tensor.shape, strides).copy_(tensor)
+
+
+@pytest.mark.parametrize("dim", [0, 1, 2])
+@pytest.mark.parametrize("name", ["queries", "output", "caches", "tail"])
+def test_one_odd_stride(backend, generator, name, dim):
+    arguments = make(torch.float16, 2, 2, 2, 3, 9, 64, 64, generator)
+    if name == "caches":
+        arguments["keys"], arguments["values"] = spaced(torch.stack([arguments["keys"], arguments["values"]]), dim + 1)
+    elif name == "tail":
+        rows = {part: spaced(getattr(arguments["tail"], part), dim) for part in ("keys", "values")}
+        arguments["tail"] = arguments["tail"]._replace(**rows)
+    else:
+        arguments[name] = spaced(arguments[name], dim)
+    check(backend, arguments, [2, 8])
+
+
 @pytest.mark.parametrize(
     ("lengths", "offset"),
     [([0, 20], 0), ([17, 18], 0), ([3, 9], 8), ([2, 20], 19), ([-4, -(1 << 63)], 0), ([21, (1 << 63) - 1], 2)],
