@@ -35,20 +35,25 @@ def make_run(folder, tau: float, steps: list[dict] | None, **more):
 
 
 def test_runs_become_rows(tmp_path, monkeypatch):
-    logged = [{"step": step, "rows": rows, "seconds": 30} for step, rows in ((10, 1000), (20, 2000))]
+    logged = [
+        {"step": step, "rows": rows, "seconds": 30, "target_share": 0.5} for step, rows in ((10, 1000), (20, 2000))
+    ]
     make_run(tmp_path / "whole", 2.0, logged)
-    make_run(tmp_path / "again", 1.0, [{"step": 20, "rows": 500, "seconds": 60}])
+    make_run(tmp_path / "again", 1.0, [{"step": 20, "rows": 500, "seconds": 60, "target_share": 0}])
     make_run(tmp_path / "lookup", 0.5, None)
+    make_run(tmp_path / "slow", 1.2, [{"step": 20, "rows": 1000, "seconds": 600, "target_share": 0.875}])
     make_run(tmp_path / "other", 1.0, logged, max_new_tokens=32)
     monkeypatch.setattr(runs, "RECORD", tmp_path / runs.RECORD.name)
     compared = [f"ViSpec={tmp_path / 'whole'}", f"ViSpec={tmp_path / 'again'}", f"prompt lookup={tmp_path / 'lookup'}"]
-    main(["runs", *compared])
+    main(["runs", *compared, f"EAGLE-2={tmp_path / 'slow'}"])
     page = "".join(f"<!-- {name} -->\nold\n<!-- /{name} -->\n" for name in tables.TRAINING_BLOCKS)
     lines = tables.rendered(f"before\n{page}behind\n", tmp_path, tables.TRAINING).splitlines()
     # 20 steps of 1500 rows and half a minute each, and as many of 500 rows and a minute: 1.5 +- sqrt(0.5).
-    assert "| ViSpec | 2 | 20,000 | 15 | 1.50 ± 0.71 | 1.00x | 0.75 ± 0.35 | 1.00x |" in lines
-    assert "| prompt lookup | 1 | 0 | 0 | 0.50 | 0.33x | 0.25 | 0.33x |" in lines
-    assert "| Medusa | not yet measured | | | | | | |" in lines and lines[0] == "before" and lines[-1] == "behind"
+    assert "| ViSpec | 2 | 20,000 | 15 | 1.0x | 1.50 ± 0.71 | 1.00x | 0.75 ± 0.35 | 1.00x |" in lines
+    assert "| prompt lookup | 1 | 0 | 0 |  | 0.50 | 0.33x | 0.25 | 0.33x |" in lines
+    # Half of half a minute and a whole one, against an eighth of ten.
+    assert "| EAGLE-2 | 1 | 20,000 | 200 | 2.0x | 1.20 | 0.80x | 0.60 | 0.80x |" in lines
+    assert "| Medusa | not yet measured | | | | | | | |" in lines and lines[0] == "before" and lines[-1] == "behind"
     assert "old" not in lines and any(line.startswith("Measured on ") for line in lines)
     with pytest.raises(ValueError, match="runs must be measured alike"):
         main(["runs", *compared, f"EAGLE-2={tmp_path / 'other'}"])

@@ -56,6 +56,10 @@ def read_run(name: str, folder: Path) -> dict[str, Any]:
         # Only every so many steps are in the log, and the last one.
         row["answer_tokens_seen"] = round(_mean(steps, "rows") * int(steps[-1]["step"]))
         row["minutes"] = _mean(steps, "seconds") * int(steps[-1]["step"]) / 60
+        # What the target took depends on which run read it first: its features are kept for the others.
+        row["own_seconds_a_step"] = statistics.median(
+            float(step["seconds"]) * (1 - float(step["target_share"])) for step in steps
+        )
         row["config"] = config
     return row
 
@@ -71,18 +75,22 @@ def shown(record: dict[str, Any]) -> list[str]:
         runs[row["name"]].append(row)
     measured_alike([row for rows in runs.values() for row in rows])
     lines = [
-        "| draft | seeds | answer tokens seen | minutes | tau, T = 0 | against ViSpec | tau, T = 1 | against ViSpec |",
-        "|---|---|---|---|---|---|---|---|",
+        "| draft | seeds | answer tokens seen | minutes | a step without the target | tau, T = 0 | against ViSpec "
+        "| tau, T = 1 | against ViSpec |",
+        "|---|---|---|---|---|---|---|---|---|",
     ]
+    own = {name: [row["own_seconds_a_step"] for row in rows if "config" in row] for name, rows in runs.items()}
+    first_own = own.get(RUNS[0])
     for name in RUNS:
         rows = runs[name]
         if not rows:
-            lines.append(f"| {name} | not yet measured | | | | | | |")
+            lines.append(f"| {name} | not yet measured | | | | | | | |")
             continue
         cells = [
             str(len(rows)),
             f"{statistics.mean(row['answer_tokens_seen'] for row in rows):,.0f}",
             f"{statistics.mean(row['minutes'] for row in rows):.0f}",
+            f"{statistics.mean(own[name]) / statistics.mean(first_own):.1f}x" if own[name] and first_own else "",
         ]
         for temperature in TEMPERATURES:
             taus, first = _taus(rows, temperature), _taus(runs[RUNS[0]], temperature)
