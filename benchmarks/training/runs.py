@@ -28,6 +28,7 @@ RUNS = (
     "no first stage",
     "short answers",
     "EAGLE-2",
+    "EAGLE-2 for as long",
     "text-only EAGLE",
     "Medusa",
     "prompt lookup",
