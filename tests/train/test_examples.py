@@ -28,7 +28,7 @@ def test_the_commands_parse():
     add_commands(parser.add_subparsers(required=True))
     found = [parser.parse_args(command) for command in commands()]
     assert [one.train_command for one in found] == ["collect", "collect", "fit", "eval"]
-    assert found[0].temperatures == [0, 0.7] and found[1].read and found[2].data == ["ANSWERS", "READ"]
+    assert found[0].temperatures == [0, 1] and found[1].read and found[2].data == ["ANSWERS", "READ"]
 
 
 def test_the_config_is_a_config():
