@@ -1,4 +1,4 @@
-// Attention over the cache, one short block an op: rope_append, tree_attention.
+// Attention over the cache, one short block an op: rope_append, tree_attention, path_attention.
 #include "bind.h"
 
 #if defined(VISPEC_HAS_KERNELS)
@@ -83,10 +83,24 @@ void tree_attention(py::handle queries_, py::handle keys_, py::handle values, py
   run(cuda::tree_attention, op);
 }
 
-int64_t tree_attention_workspace_bytes(int64_t B, int64_t H, int64_t G, int64_t T, int64_t L, int64_t head) {
+void path_attention(py::handle queries_, py::handle keys_, py::handle values, py::handle ancestors,
+                    py::handle lengths, py::handle output_, float scale, py::handle workspace,
+                    uintptr_t stream) {
+  const TensorView queries("queries", queries_), keys("keys", keys_), output("output", output_);
+  TreeAttention op = shared<TreeAttention>(queries, keys, values, output, lengths, stream);
+  op.ancestors = TensorView("ancestors", ancestors).int64s();
+  op.scale = scale;
+  op.S = op.T;
+  op.W = 1;
+  op.workspace = TensorView("workspace", workspace).data();
+  run(cuda::path_attention, op);
+}
+
+template <int64_t (*bytes)(const TreeAttention&)>
+int64_t workspace_bytes(int64_t B, int64_t H, int64_t G, int64_t T, int64_t L, int64_t head) {
   TreeAttention op{};
   op.B = B, op.H = H, op.G = G, op.T = T, op.L = L, op.head = head;
-  return cuda::tree_attention_workspace_bytes(op);
+  return bytes(op);
 }
 
 }  // namespace
@@ -98,8 +112,12 @@ void bind_attention(py::module_& module) {
   module.def("tree_attention", tree_attention, arg("queries"), arg("keys"), arg("values"), arg("ancestors"),
              arg("lengths"), py::kw_only(), arg("output"), arg("tail"), arg("slots"), arg("scale"),
              arg("workspace"), arg("stream"));
-  module.def("tree_attention_workspace_bytes", tree_attention_workspace_bytes, py::kw_only(), arg("B"),
-             arg("H"), arg("G"), arg("T"), arg("L"), arg("head"));
+  module.def("tree_attention_workspace_bytes", workspace_bytes<cuda::tree_attention_workspace_bytes>,
+             py::kw_only(), arg("B"), arg("H"), arg("G"), arg("T"), arg("L"), arg("head"));
+  module.def("path_attention", path_attention, arg("queries"), arg("keys"), arg("values"), arg("ancestors"),
+             arg("lengths"), py::kw_only(), arg("output"), arg("scale"), arg("workspace"), arg("stream"));
+  module.def("path_attention_workspace_bytes", workspace_bytes<cuda::path_attention_workspace_bytes>,
+             py::kw_only(), arg("B"), arg("H"), arg("G"), arg("T"), arg("L"), arg("head"));
 }
 
 }  // namespace vispec::bindings

@@ -232,6 +232,10 @@ void commit(const Commit&);  // `tensors` lies in device memory
 void rope_append(const RopeAppend&);
 int64_t tree_attention_workspace_bytes(const TreeAttention&);
 void tree_attention(const TreeAttention&);
+// The same for S = T <= 48 nodes without `tail`, with every row summed along its path in order of positions:
+// the same bits whatever the tree.
+int64_t path_attention_workspace_bytes(const TreeAttention&);
+void path_attention(const TreeAttention&);
 void rms_norm(const RmsNorm&);
 void silu_mul(const SiluMul&);
 int64_t adaptor_workspace_bytes(int64_t N, int64_t C, int64_t R, int64_t P);

@@ -312,6 +312,15 @@ VS_DEVICE float add(float a, float b) {
 #endif
 }
 
+// a b + c, rounded once, where it must be one operation wherever the compiler unrolls it.
+VS_DEVICE float fused(float a, float b, float c) {
+#if defined(VISPEC_EMULATED)
+  return ::fmaf(a, b, c);
+#else
+  return __fmaf_rn(a, b, c);
+#endif
+}
+
 VS_DEVICE float divide(float a, float b) {  // correctly rounded, whatever the compiler's flags
 #if defined(VISPEC_EMULATED)
   return a / b;

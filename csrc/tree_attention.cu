@@ -1,7 +1,4 @@
-#include <stdexcept>
-#include <string>
-#include <type_traits>
-
+#include "attention_launch.h"
 #include "tree_attention.cuh"
 
 namespace vispec::cuda {
@@ -12,28 +9,10 @@ using Large = kernels::AttentionShape<kHead, 64, 64>;
 template <int kHead>
 using Small = kernels::AttentionShape<kHead, kHead == 256 ? 32 : 16, kHead == 256 ? 32 : 64>;
 
-// What a block may ask for on the GPUs that have the least of those with asynchronous copies.
-constexpr size_t kLeastSharedLimit = 99 << 10;
-
-template <class Function>
-auto with_head(int64_t head, const Function& function) {
-  switch (head) {
-    case 64: return function(std::integral_constant<int, 64>{});
-    case 80: return function(std::integral_constant<int, 80>{});
-    case 96: return function(std::integral_constant<int, 96>{});
-    case 128: return function(std::integral_constant<int, 128>{});
-    case 256: return function(std::integral_constant<int, 256>{});
-  }
-  throw std::invalid_argument("tree_attention: head must be 64, 80, 96, 128 or 256, got " +
-                              std::to_string(head));
-}
-
-int64_t packed_rows(const TreeAttention& p) { return p.T * (p.H / p.G); }
-
 // Calls function(shape) with the shape that serves these sizes on the current device.
 template <class Function>
 auto with_shape(const TreeAttention& p, const Function& function) {
-  return with_head(p.head, [&](auto head) {
+  return with_head("tree_attention", p.head, [&](auto head) {
     static_assert(Small<head>::kSharedBytes <= kLeastSharedLimit, "runs on every GPU");
     bool large = packed_rows(p) > Small<head>::kRows;
     if constexpr (Large<head>::kSharedBytes > kLeastSharedLimit)
@@ -73,30 +52,6 @@ void run(const TreeAttention& p) {
              (Shape::kHead + 31) / 32 * 32, 0, p.stream, p, work);
 }
 
-void check(const TreeAttention& p) {
-  if (p.dtype == DType::f32)
-    throw std::invalid_argument("tree_attention: dtype must be f16 or bf16, got f32");
-  if (p.G < 1 || p.H % p.G != 0 || p.T < 1 || p.S < 1 || p.S > 256 || p.W != (p.S + 63) / 64 || p.L < 1) {
-    throw std::invalid_argument(
-        "tree_attention: H must be a multiple of G, S from 1 to 256 and W ceil(S / 64), got H=" +
-        std::to_string(p.H) + ", G=" + std::to_string(p.G) + ", T=" + std::to_string(p.T) +
-        ", S=" + std::to_string(p.S) + ", W=" + std::to_string(p.W) + ", L=" + std::to_string(p.L));
-  }
-  const Tail& t = p.tail;
-  const int64_t strides = p.query_batch_stride | p.query_head_stride | p.query_row_stride |
-                          p.cache_batch_stride | p.cache_head_stride | p.cache_slot_stride | t.batch_stride |
-                          t.head_stride | t.row_stride | t.rotary / 2;
-  uintptr_t starts = 0;
-  for (const void* start : {p.queries, static_cast<const void*>(p.keys), static_cast<const void*>(p.values),
-                            t.keys, t.values, t.cosines, t.sines, t.query_bias, t.key_bias, t.value_bias})
-    starts |= reinterpret_cast<uintptr_t>(start);
-  if (strides % 8 != 0 || starts % 16 != 0) {
-    throw std::invalid_argument(
-        "tree_attention: queries, keys, values and the tail must start at multiples of 16 bytes, "
-        "with strides that are multiples of 8 elements and rotary a multiple of 16");
-  }
-}
-
 }  // namespace
 
 int64_t tree_attention_workspace_bytes(const TreeAttention& p) {
@@ -105,7 +60,7 @@ int64_t tree_attention_workspace_bytes(const TreeAttention& p) {
 }
 
 void tree_attention(const TreeAttention& p) {
-  check(p);
+  check_attention("tree_attention", p, 256);
   with_shape(p, [&](auto shape) {
     if (p.dtype == DType::f16) {
       run<vs::Half, decltype(shape)>(p);

@@ -10,7 +10,7 @@ from collections import deque
 import pytest
 
 from vispec.decode.shapes import CAPTURE_ROUNDS, MENU, ROUNDS_REMEMBERED, VISIT, AdaptiveShape, menu_for
-from vispec.tree import TreeConfig
+from vispec.tree import MAX_NODES, TreeConfig
 
 DEFAULT, PLAIN, SMALL, LARGE = MENU
 
@@ -201,7 +201,7 @@ def test_it_reads_no_clock_and_no_chance(monkeypatch):
 
 @pytest.mark.parametrize("widest", range(1, 17))
 def test_the_menu_keeps_to_what_the_draft_can_propose(widest):
-    menu = menu_for(widest)
+    menu = menu_for(widest, MAX_NODES)
     trees = [shape for shape in menu if shape is not None]
     assert all(shape.top_k <= widest for shape in trees)
     assert len({shape.nodes for shape in trees} | {1}) == len(menu), "times are told apart by nodes"

@@ -108,6 +108,23 @@ class DraftTree:
             longest_path=1,
         )
 
+    def padded(self, nodes: int) -> DraftTree:
+        """The same tree with copies of its root behind its own nodes, so many in all; W must stay as it is."""
+        copies = nodes - self.size
+        own_words = 1 << torch.arange(self.size, nodes, device=self.tokens.device)
+
+        def behind(part: Tensor, value: Tensor) -> Tensor:
+            return torch.cat([part, value.expand(len(part), copies, *part.shape[2:])], dim=1)
+
+        return DraftTree(
+            tokens=behind(self.tokens, self.tokens[:, :1]),
+            parents=behind(self.parents, self.parents[:, :1]),
+            depths=behind(self.depths, self.depths[:, :1]),
+            ancestors=behind(self.ancestors, own_words[:, None]),
+            scores=behind(self.scores, self.scores[:, :1]),
+            longest_path=self.longest_path,
+        )
+
     @property
     def size(self) -> int:
         """Number of nodes T."""

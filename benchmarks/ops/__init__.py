@@ -8,6 +8,7 @@ from benchmarks.ops import (
     build_tree,
     commit,
     grow_level,
+    path_attention,
     rms_norm,
     rope_append,
     silu_mul,
@@ -15,5 +16,16 @@ from benchmarks.ops import (
 )
 from benchmarks.ops.case import Case
 
-MODULES = (tree_attention, accept, grow_level, build_tree, commit, adaptor, rope_append, rms_norm, silu_mul)
+MODULES = (
+    tree_attention,
+    path_attention,
+    accept,
+    grow_level,
+    build_tree,
+    commit,
+    adaptor,
+    rope_append,
+    rms_norm,
+    silu_mul,
+)
 CASES: list[Case] = [case for module in MODULES for case in module.CASES]

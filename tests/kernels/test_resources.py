@@ -32,6 +32,8 @@ BUDGETS = {
     "build_tree_rows": 40,
     "commit_columns": 128,
     "grow_level_blocks": 64,  # two blocks of 512 threads an SM
+    "path_newest": 128,
+    "path_sealed": 255,  # at head 256; the sums alone are 128
     "rms_norm_rows": 64,
     "rope_append_columns": 64,
     "silu_mul_rows": 64,

@@ -13,7 +13,7 @@ from vispec.cli.loading import DEMO, DTYPES, CommandError, load
 from vispec.cli.prompts import make_inputs, open_pictures
 from vispec.cli.running import answer, audit_lines, verdict_lines
 from vispec.compare import audit, compare
-from vispec.decode.guard import EXACTNESS
+from vispec.decode.exactness import EXACTNESS
 from vispec.tree import TreeConfig
 
 AUTO = "auto"
@@ -43,7 +43,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--audit", action="store_true", help="check every token against one pass of the plain model over the answer"
     )
     parser.add_argument(
-        "--exact", choices=EXACTNESS, default=EXACTNESS[0], help="guard: near-ties are decided one token at a time"
+        "--exact",
+        choices=EXACTNESS,
+        default=EXACTNESS[0],
+        help="guard: near-ties are decided one token at a time; self: the answer of --no-draft, bit by bit",
     )
     parser.add_argument("--show-tree", action="store_true", help="show every round's draft tree")
 

@@ -12,8 +12,8 @@ import torch
 from torch import Tensor
 
 from vispec.decode import memory
+from vispec.decode.exactness import GUARD, check_exactness, load_target_for
 from vispec.decode.graph import LateEngine
-from vispec.decode.guard import EXACTNESS, GUARD
 from vispec.decode.policy import AdaptiveTree, FixedTree, TreePolicy
 from vispec.decode.round import Engine, RoundEvent, Speculation
 from vispec.decode.shapes import AdaptiveShape, OneShape, ShapePolicy, menu_for
@@ -21,7 +21,7 @@ from vispec.decode.stats import GenerationStats
 from vispec.decode.stopping import Transcript
 from vispec.drafts.base import Draft, FixedSession
 from vispec.ops import Sampling
-from vispec.targets import GenerationSettings, Target, load_target, resolve_settings, self_check
+from vispec.targets import GenerationSettings, Target, check_rows, resolve_settings, self_check
 from vispec.tree import TreeConfig
 
 # Below this temperature sampling is the argmax, and dividing by it would only overflow.
@@ -48,7 +48,7 @@ def fast_generate(
     *,
     tree: TreeConfig | Literal["auto"] = "auto",
     seed: int | Sequence[int] | None = None,
-    exact: Literal["law", "guard"] = "law",
+    exact: Literal["law", "guard", "self"] = "law",
     streamer: Any = None,
     on_round: Callable[[RoundEvent], None] | None = None,
     graphs: bool | None = None,
@@ -77,7 +77,11 @@ def fast_generate(
             one over one, and where the two best logits are a step or two apart either may win. "guard" (greedy only):
             where they are less than `guard.GUARD_STEPS` steps apart the path is cut, and a pass over that one token
             decides, as in plain decoding. It costs one plain step for each such place. It does not promise
-            `generate`'s answer: keys and values still come from passes over trees.
+            `generate`'s answer: keys and values still come from passes over trees. "self": the answer is that of plain
+            decoding here (`draft=None, exact="self"`), bit by bit, greedy or with a seed, in every format, whatever the
+            draft and the tree. Every pass then has `ops.PATH_NODES` rows for each of the batch, which is the most nodes
+            that a tree may have, and attention in one fixed order; models in which a row depends on the others are
+            refused, and two more passes see to it that on this machine none does.
         streamer: a Hugging Face streamer; batch 1.
         on_round: called after every round with a `RoundEvent`.
         graphs: keep a round's state on the device, replay each round as one CUDA graph and read its result one round
@@ -96,14 +100,14 @@ def fast_generate(
     Notes: the host reads a few integers each round, one round late where `graphs` holds.
     Source: ViSpec (arXiv 2509.15235); tree of EAGLE-2 (arXiv 2406.16858).
     """
-    target = load_target(model)
+    target = load_target_for(model, exact)
     inputs = _checked_inputs(inputs, target)
     tokens = inputs["input_ids"]
     settings = resolve_settings(target.model, tokens, options)
     inputs.setdefault("attention_mask", _inferred_mask(tokens, settings))
     _check_limits(target, draft, inputs, settings, tree, streamer)
     sampling = _sampling(settings, seed, len(tokens), target)
-    _check_exactness(exact, sampling)
+    check_exactness(exact, sampling is not None)
     late = _late(
         graphs,
         target.device,
@@ -118,6 +122,8 @@ def fast_generate(
         self_check(target, inputs)
         with stats.timed("prefill"):
             prompt = target.prefill(inputs)
+        if target.row_exact:
+            check_rows(target, prompt)
         transcript = Transcript(
             prompt.tokens, prompt.lengths, settings.max_new_tokens, settings.eos_token_ids, settings.criteria
         )
@@ -136,7 +142,7 @@ def fast_generate(
             event = engine.first(prompt.logits)
         watch(event)
         if draft is not None:
-            circumstances = (len(tokens), sampling is not None, torch.get_num_threads())
+            circumstances = (len(tokens), sampling is not None, torch.get_num_threads(), target.row_exact)
             policy = _policy(target, draft, tree, circumstances, late)
             start = partial(draft.start, target, prompt, engine.roots)
             engine.speculation = Speculation(policy, start)
@@ -186,7 +192,7 @@ def _started_late(
     if draft is None or isinstance(tree, TreeConfig):
         shapes = OneShape(tree if draft is not None else None)
     else:
-        shapes = AdaptiveShape(menu_for(draft.widest(engine.target)))
+        shapes = AdaptiveShape(menu_for(draft.widest(engine.target), engine.target.most_nodes))
         shapes = memory.recall(engine.target.model, draft, _late_circumstances(engine, shapes)) or shapes
     rounds = memory.take_rounds(engine.target.model, draft, _late_circumstances(engine, shapes))
     return LateEngine(engine, session, shapes, rounds, features)
@@ -203,7 +209,8 @@ def _put_back(late: LateEngine, draft: Draft | None) -> None:
 def _late_circumstances(engine: Engine, shapes: ShapePolicy) -> tuple:
     """What decides the work of rounds that run ahead of the host; a stream's buffers are for that stream alone."""
     stream = torch.cuda.current_stream().cuda_stream if engine.roots.is_cuda else 0
-    return len(engine.roots), engine.sampling is not None, len(engine.end_tokens), shapes.menu, stream
+    exact = engine.target.row_exact
+    return len(engine.roots), engine.sampling is not None, len(engine.end_tokens), exact, shapes.menu, stream
 
 
 class _Watcher:
@@ -283,6 +290,10 @@ def _check_limits(
         raise ValueError(f"fast_generate: a streamer takes batch 1, got {batch}")
     if draft is not None:
         draft.check(target)
+        if isinstance(tree, TreeConfig) and tree.nodes > target.most_nodes:
+            raise ValueError(
+                f'fast_generate: tree must have at most {target.most_nodes} nodes with exact="self", got {tree.nodes}'
+            )
         widest = draft.widest(target)
         if isinstance(tree, TreeConfig) and tree.top_k > widest:
             raise ValueError(
@@ -301,17 +312,7 @@ def _policy(target: Target, draft: Draft, tree: TreeConfig | str, circumstances:
         # have a policy of their own (`shapes.py`).
         default = TreeConfig()
         return FixedTree(replace(default, top_k=min(default.top_k, widest)))
-    return memory.recall(target.model, draft, circumstances) or AdaptiveTree(widest)
-
-
-def _check_exactness(exact: str, sampling: Sampling | None) -> None:
-    if exact not in EXACTNESS:
-        raise ValueError(f"fast_generate: exact must be one of {', '.join(EXACTNESS)}, got {exact!r}")
-    if exact == GUARD and sampling is not None:
-        raise ValueError(
-            'fast_generate: exact must be "law" where do_sample is True, got "guard": '
-            "near-ties only decide greedy answers"
-        )
+    return memory.recall(target.model, draft, circumstances) or AdaptiveTree(widest, target.most_nodes)
 
 
 def _sampling(

@@ -148,7 +148,7 @@ class LateEngine:
     def _fix(self) -> None:
         """Hands the lengths to the device; caches grow where they have fewer slots than the rounds were made for."""
         tokens = self._rounds.tokens
-        self.engine.cache.fix(tokens + self._largest.nodes)
+        self.engine.cache.fix(tokens + self.engine.target.pass_rows(self._largest.nodes))
         if self._session is not None:
             self._session.fix(tokens + MISSED_TOKENS, self._largest)
 

@@ -5,8 +5,6 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-LAW, GUARD = "law", "guard"
-EXACTNESS = (LAW, GUARD)
 # Steps of the dtype that the two best logits must be apart for a pass over many tokens to decide between them. Sums of
 # 16-bit formats run in float32 and are rounded after every layer; in float32 the sums themselves round.
 GUARD_STEPS = {torch.bfloat16: 4, torch.float16: 4, torch.float32: 128, torch.float64: 128}

@@ -105,7 +105,8 @@ class AdaptiveTree:
 
     wants_outcomes = True
 
-    def __init__(self, widest: int) -> None:
+    def __init__(self, widest: int, most_nodes: int = NODES[-1]) -> None:
+        self.most_nodes = most_nodes
         self.widths = tuple(width for width in WIDTHS if width <= widest)
         # Contexts grow and other programs come and go, so that old figures of the target are tried anew.
         self.target = CostCurve(optimism=0.9, forgotten_after=32)
@@ -240,7 +241,8 @@ class Growth(Plan):
         self._running = running
         self._rate = policy.rate(int(running.sum()))
         # A tree at most doubles the largest size measured, so that a curve is climbed and not jumped.
-        most = max(nodes for nodes in NODES if nodes <= max(2 * policy.target.largest, 2))
+        limit = min(max(2 * policy.target.largest, 2), policy.most_nodes)
+        most = max(nodes for nodes in NODES if nodes <= limit)
         self._mass: float | None = None
         super().__init__(TreeConfig(depth=DEEPEST, top_k=policy.width, total_tokens=most))
         self.levels = 0

@@ -23,7 +23,13 @@ from vispec.tree import DraftTree
 
 
 class Verifier(Protocol):
-    """What a round needs of a target."""
+    """What a round needs of a target; see `targets.Target`."""
+
+    row_exact: bool
+    most_nodes: int
+
+    def pass_rows(self, nodes: int) -> int:
+        """Slots behind the committed ones that a pass over so many nodes takes."""
 
     def verify(self, tree: DraftTree, positions: Tensor, cache: KeyValueCache) -> tuple[Tensor, Tensor]:
         """Logits [B, T, V] and features [B, T, C] of all nodes, in one pass."""

@@ -191,9 +191,10 @@ class AdaptiveShape:
         return self._time.measured(_nodes(shape))
 
 
-def menu_for(widest: int) -> tuple[Shape, ...]:
-    """The menu for a draft that proposes from so many tokens."""
-    return tuple(shape and replace(shape, top_k=min(shape.top_k, widest)) for shape in MENU)
+def menu_for(widest: int, most_nodes: int) -> tuple[Shape, ...]:
+    """The menu for a draft that proposes from so many tokens, and a target that takes so many nodes."""
+    narrowed = (shape and replace(shape, top_k=min(shape.top_k, widest)) for shape in MENU)
+    return tuple(shape for shape in narrowed if _nodes(shape) <= most_nodes)
 
 
 def _nodes(shape: Shape) -> int:

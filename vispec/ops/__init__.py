@@ -8,6 +8,7 @@ from vispec.ops.backend import use_backend
 from vispec.ops.build_tree import build_tree, build_tree_reference
 from vispec.ops.commit import Gather, RowState, commit, commit_reference, pointer_table
 from vispec.ops.grow_level import grow_level, grow_level_reference
+from vispec.ops.path_attention import PATH_NODES, path_attention, path_attention_reference
 from vispec.ops.rms_norm import rms_norm, rms_norm_reference
 from vispec.ops.rope_append import Tail, rope_append, rope_append_reference
 from vispec.ops.silu_mul import silu_mul, silu_mul_reference
@@ -15,6 +16,7 @@ from vispec.ops.tree_attention import HEADS, serves_tree_attention, tree_attenti
 
 __all__ = [
     "HEADS",
+    "PATH_NODES",
     "Gather",
     "RowState",
     "Sampling",
@@ -31,6 +33,8 @@ __all__ = [
     "commit_reference",
     "grow_level",
     "grow_level_reference",
+    "path_attention",
+    "path_attention_reference",
     "pointer_table",
     "rms_norm",
     "rms_norm_reference",

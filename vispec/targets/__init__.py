@@ -2,13 +2,16 @@
 
 from vispec.targets.base import Target
 from vispec.targets.families import load_target
+from vispec.targets.row_exact import check_rows, row_exact
 from vispec.targets.self_check import self_check
 from vispec.targets.settings import GenerationSettings, resolve_settings
 
 __all__ = [
     "GenerationSettings",
     "Target",
+    "check_rows",
     "load_target",
     "resolve_settings",
+    "row_exact",
     "self_check",
 ]

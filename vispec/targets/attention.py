@@ -26,18 +26,22 @@ class TreePass:
 
     Args:
         cache: has begun the pass over the tree's nodes.
+        row_exact: layers that fit are computed by `ops.path_attention`, on every device.
         dense: hand the decoder the dense mask. Otherwise `mask` is a stand-in of the same shape that holds NaN, so
             that a decoder which reads it after all gives logits that no round accepts.
 
     Attributes:
         mask: the decoder's `attention_mask`, [B, 1, T, L'].
-        served: layers whose attention was computed by `ops.tree_attention`, which needs no mask.
+        served: layers whose attention was computed by one of our ops, which need no mask.
     """
 
-    def __init__(self, cache: KeyValueCache, tree: DraftTree, dtype: torch.dtype, *, dense: bool) -> None:
+    def __init__(
+        self, cache: KeyValueCache, tree: DraftTree, dtype: torch.dtype, *, dense: bool, row_exact: bool = False
+    ) -> None:
         self.cache = cache
         self.tree = tree
         self.dtype = dtype
+        self.row_exact = row_exact
         self.served: set[int] = set()
         if dense:
             self.mask = self.dense_mask
@@ -59,7 +63,8 @@ class TreePass:
         """One layer's attention by the op, over the whole cache: [B, T, H, D]."""
         batch, heads, tokens, width = query.shape
         output = query.new_empty(batch, tokens, heads, width)
-        ops.tree_attention(
+        op = ops.path_attention if self.row_exact else ops.tree_attention
+        op(
             query,
             self.cache.keys[layer],
             self.cache.values[layer],
@@ -77,8 +82,11 @@ class TreePass:
             return False
         keys, values = self.cache.keys[layer], self.cache.values[layer]
         # The layer may have repeated, joined or cut what the cache returned.
-        untouched = _is_view(key, keys) and _is_view(value, values)
-        return untouched and ops.serves_tree_attention(query, keys, values)
+        if not (_is_view(key, keys) and _is_view(value, values)):
+            return False
+        if self.row_exact:
+            return keys.shape == values.shape and keys.stride() == values.stride() and query.dtype is keys.dtype
+        return ops.serves_tree_attention(query, keys, values)
 
 
 _running: ContextVar[TreePass | None] = ContextVar("vispec_tree_pass", default=None)
@@ -102,8 +110,8 @@ def tree_attention(
 ) -> tuple[Tensor, None]:
     """Attention of T new tokens over the used slots of a cache, query heads grouped over key-value heads.
 
-    Inside a `TreePass`, layers that fit are computed by `ops.tree_attention` from the pass's ancestors; all others by
-    PyTorch from the dense mask.
+    Inside a `TreePass`, layers that fit are computed by our op from the pass's ancestors; all others by PyTorch from
+    the dense mask.
 
     Shapes: query [B, H, T, D]; key and value [B, G, L, D]; attention_mask [B, 1, T, L], additive in the query's
     dtype. Returns: [B, T, H, D] and None in place of weights.

@@ -15,7 +15,7 @@ from vispec.cache import GROWTH_SLOTS, KeyValueCache
 from vispec.prompt import Prompt, Span
 from vispec.targets.attention import TreePass, attention_of
 from vispec.targets.fused import FusedDecoder
-from vispec.tree import DraftTree
+from vispec.tree import MAX_NODES, DraftTree
 
 # Settings by which some families change the logits after `lm_head`; the value beside each changes nothing.
 LOGIT_TRANSFORMS = {
@@ -51,6 +51,7 @@ class Target:
     Attributes:
         needs_mask: the next `verify` must build the dense mask. False once a pass has shown that every layer's
             attention does without.
+        row_exact: what `verify` says of a node depends on its path alone, bit by bit: see `targets.row_exact`.
 
     Raises:
         ValueError: a kind of model or cache that is not supported, named.
@@ -69,6 +70,7 @@ class Target:
             raise ValueError(f"target: model must be on one device, got {sorted(map(str, devices))}")
         self.model = model
         self.needs_mask = True
+        self.row_exact = False
         self.decoder = _decoder_of(model)
         self.head = model.get_output_embeddings()
         self.text_config = config.get_text_config(decoder=True)
@@ -101,6 +103,15 @@ class Target:
     @property
     def max_positions(self) -> int | None:
         return getattr(self.text_config, "max_position_embeddings", None)
+
+    @property
+    def most_nodes(self) -> int:
+        """Nodes that a tree may have."""
+        return ops.PATH_NODES if self.row_exact else MAX_NODES
+
+    def pass_rows(self, nodes: int) -> int:
+        """Rows that a pass over so many nodes takes, and slots behind the committed ones."""
+        return ops.PATH_NODES if self.row_exact else nodes
 
     @property
     def placeholder_tokens(self) -> list[int]:
@@ -195,6 +206,14 @@ class Target:
         [B, T, C]. The nodes' keys and values are left behind the committed slots, for `cache.commit` to keep or
         forget.
         """
+        nodes = tree.size
+        if nodes > self.most_nodes:
+            raise ValueError(f"target: a tree must have at most {self.most_nodes} nodes, got {nodes}")
+        features = self._features(tree.padded(self.pass_rows(nodes)) if self.row_exact else tree, positions, cache)
+        return self.head(features)[:, :nodes], features[:, :nodes]
+
+    def _features(self, tree: DraftTree, positions: Tensor, cache: KeyValueCache) -> Tensor:
+        """The pass itself: the decoder's output [B, T, C]."""
         node_positions = positions[:, None] + tree.depths
         if self.max_positions is not None:
             # Nodes past the model's last position can never be emitted, but a table look-up must not fail.
@@ -203,9 +222,9 @@ class Target:
         cache.begin(tree.size)
         fused = self._fused(cache)
         if fused is not None:
-            features = fused(tree.tokens, position_ids, tree.ancestors, cache)
-            return self.head(features), features
-        tree_pass = TreePass(cache, tree, self.dtype, dense=self.needs_mask)
+            return fused(tree.tokens, position_ids, tree.ancestors, cache, row_exact=self.row_exact)
+        dense = self.needs_mask and not self.row_exact
+        tree_pass = TreePass(cache, tree, self.dtype, dense=dense, row_exact=self.row_exact)
         with attention_of(self.decoder.config, tree_pass):
             output = self.decoder(
                 input_ids=tree.tokens,
@@ -215,8 +234,12 @@ class Target:
                 use_cache=True,
             )
         self.needs_mask = len(tree_pass.served) < len(cache.keys)
-        features = output.last_hidden_state
-        return self.head(features), features
+        if self.row_exact and self.needs_mask:
+            raise ValueError(
+                f'target: exact="self" needs layers of plain softmax attention over the cache, got '
+                f"{len(cache.keys) - len(tree_pass.served)} others of {len(cache.keys)} in {type(self.model).__name__}"
+            )
+        return output.last_hidden_state
 
     def _fused(self, cache: KeyValueCache) -> FusedDecoder | None:
         """The decoder with our kernels between its layers, where there are kernels and nobody has altered it."""

@@ -48,11 +48,14 @@ class FusedDecoder:
             return None
         return cls(decoder)
 
-    def __call__(self, tokens: Tensor, positions: Tensor, ancestors: Tensor, cache: KeyValueCache) -> Tensor:
+    def __call__(
+        self, tokens: Tensor, positions: Tensor, ancestors: Tensor, cache: KeyValueCache, *, row_exact: bool = False
+    ) -> Tensor:
         """Features [B, T, C] of nodes `tokens` [B, T], after the decoder's final norm.
 
         Shapes: `positions` as the decoder's rotary embedding takes them; `ancestors` [B, T, W]. The cache must have
-        begun a pass over T tokens; their keys and values are left behind the committed slots.
+        begun a pass over T tokens; their keys and values are left behind the committed slots. `row_exact`: attention is
+        `ops.path_attention`.
         """
         decoder, layers = self.decoder, self.decoder.layers
         residual = decoder.embed_tokens(tokens)
@@ -72,17 +75,16 @@ class FusedDecoder:
                 projection(hidden).view(batch, nodes, -1, self.width).transpose(1, 2)
                 for projection in (attention.q_proj, attention.k_proj, attention.v_proj)
             )
-            mixed = torch.empty_like(queries)
-            ops.tree_attention(
-                queries,
-                cache.keys[index],
-                cache.values[index],
-                ancestors,
-                cache.lengths,
-                output=mixed,
-                scale=self.scale,
-                tail=Tail(keys, values, cosines, sines),
-            )
+            mixed, tail = torch.empty_like(queries), Tail(keys, values, cosines, sines)
+            stores = cache.keys[index], cache.values[index]
+            if row_exact:
+                turned = torch.empty_like(queries)
+                ops.rope_append(queries, tail, *stores, cache.lengths, output=turned)
+                ops.path_attention(turned, *stores, ancestors, cache.lengths, output=mixed, scale=self.scale)
+            else:
+                ops.tree_attention(
+                    queries, *stores, ancestors, cache.lengths, output=mixed, scale=self.scale, tail=tail
+                )
             step = attention.o_proj(mixed.transpose(1, 2).reshape(batch * nodes, -1))
             norm = layer.post_attention_layernorm
             ops.rms_norm(step, norm.weight, output=hidden, epsilon=norm.variance_epsilon, residual=residual)
