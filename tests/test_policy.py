@@ -119,6 +119,14 @@ def test_the_width_keeps_to_what_the_draft_can_propose():
         assert policy.width <= widest
 
 
+def test_trees_keep_to_the_nodes_that_a_target_takes():
+    speech, policy, sizes = Speech(FLAT), AdaptiveTree(100, most_nodes=20), []
+    own = policy.learn
+    policy.learn = lambda plan, outcome: (sizes.append(outcome.scores.shape[1]), own(plan, outcome))
+    speech.run(policy, 200)
+    assert max(sizes) == 20
+
+
 def test_the_first_round_measures_a_plain_step_and_trees_grow_by_doubling():
     policy, speech = AdaptiveTree(widest=100), Speech(FLAT)
     running = torch.zeros(1, dtype=torch.int64)

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import copy
+import os
+import subprocess
+import sys
 
 import pytest
 import torch
@@ -16,10 +19,11 @@ from tests.ops.conftest import available
 from tests.replay import DeviceReplayDraft, ReplayDraft
 from tests.tape import Captures
 from tests.test_families import MLA_SIZES, text_model, words
+from vispec import cache as caching
 from vispec import ops
-from vispec.decode import replay
+from vispec.decode import graph, replay
 from vispec.ops import use_backend
-from vispec.targets import check_rows, load_target, row_exact
+from vispec.targets import base, check_rows, load_target, row_exact
 from vispec.targets.fused import FusedDecoder
 from vispec.tree import DraftTree, TreeConfig
 
@@ -43,6 +47,30 @@ def prompts(family: tiny.Family, dtype: torch.dtype) -> tuple[dict, list[tuple]]
     made = [family.prompt(row if pictures else 0, seed=20 + row, text=text) for row, text in enumerate(texts)]
     keys = [tuple(prompt["input_ids"][0].tolist()) for prompt in made]
     return rounded(family.batch(made, "left"), dtype), keys
+
+
+PRODUCTS = """
+import torch
+torch.manual_seed(0)
+threads = torch.get_num_threads()
+for dtype in (torch.float32, torch.bfloat16, torch.float16):
+    for K, N in ((64, 64), (96, 64), (64, 151), (257, 131), (576, 192), (1024, 512)):
+        rows, order = torch.randn(1, 48, K).to(dtype), torch.randperm(48)
+        weight, bias = torch.randn(N, K).to(dtype), torch.randn(N).to(dtype)
+        for more in ((), (bias,)):
+            found = torch.nn.functional.linear(rows, weight, *more)[:, order]
+            again = torch.nn.functional.linear(rows[:, order].contiguous(), weight, *more)
+            assert torch.equal(found, again), (dtype, K, N, threads)
+"""
+
+
+@pytest.mark.parametrize("instructions", ["the best there are", "AVX2"])
+@pytest.mark.parametrize("threads", [1, 2])
+def test_a_row_of_48_does_not_depend_on_its_place(instructions, threads):
+    """What passes rely on, of PyTorch's products on this machine, and of those where there is no AVX-512."""
+    names = ("MKL_ENABLE_INSTRUCTIONS", "ONEDNN_MAX_CPU_ISA") if instructions == "AVX2" else ()
+    environment = {**os.environ, "OMP_NUM_THREADS": str(threads), **dict.fromkeys(names, "AVX2")}
+    subprocess.run([sys.executable, "-c", PRODUCTS], env=environment, check=True, timeout=300)
 
 
 def tree_with(path: Tensor, nodes: int, seed: int) -> tuple[DraftTree, Tensor]:
@@ -120,7 +148,9 @@ def test_a_pass_over_a_tree_has_the_bits_of_plain_steps(name, dtype):
     inputs, _ = prompts(family, dtype)
     target = load_target(family.model.to(dtype))
     assert same_bits(row_exact(target), inputs)
-    assert not target.row_exact and not same_bits(target, inputs), "other passes have not, or nothing is shown here"
+    assert not target.row_exact
+    if dtype is torch.float32:
+        assert not same_bits(target, inputs), "other passes have not, or nothing is shown here"
 
 
 @pytest.mark.parametrize("fused", [True, False])
@@ -170,7 +200,9 @@ TREES = {"default": TreeConfig(), "deep": TreeConfig(depth=14, top_k=2, total_to
         ("qwen2", torch.bfloat16, "processed"),
     ],
 )
-def test_answers_are_those_of_plain_decoding(name, dtype, option):
+def test_answers_are_those_of_plain_decoding(monkeypatch, name, dtype, option):
+    for module, name_there in ((graph, "TOKENS_AHEAD"), (caching, "GROWTH_SLOTS"), (base, "GROWTH_SLOTS")):
+        monkeypatch.setattr(module, name_there, 8)  # caches without slots to spare
     family = tiny.build(name, num_hidden_layers=2)
     family.model.to(dtype)
     inputs, keys = prompts(family, dtype)
@@ -243,7 +275,10 @@ def with_rope(kind: str):
 
 def test_models_in_which_a_row_depends_on_the_others_are_refused():
     refused(with_rope("dynamic"), 'exact="self" needs rotary frequencies that do not depend on the pass, got dynamic')
-    refused(text_model("MixtralConfig", "MixtralForCausalLM", {"sliding_window": None}), "got num_local_experts in Mix")
+    refused(
+        text_model("MixtralConfig", "MixtralForCausalLM", {"sliding_window": None}),
+        "needs layers without experts, got num_",
+    )
 
 
 def test_layers_that_the_op_does_not_serve_are_refused():

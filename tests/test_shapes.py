@@ -206,3 +206,8 @@ def test_the_menu_keeps_to_what_the_draft_can_propose(widest):
     assert all(shape.top_k <= widest for shape in trees)
     assert len({shape.nodes for shape in trees} | {1}) == len(menu), "times are told apart by nodes"
     assert menu[0].top_k == min(TreeConfig().top_k, widest)
+
+
+def test_the_menu_keeps_to_the_nodes_that_a_target_takes():
+    assert menu_for(8, LARGE.nodes) == MENU
+    assert menu_for(8, LARGE.nodes - 1) == (DEFAULT, PLAIN, SMALL)

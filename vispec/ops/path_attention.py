@@ -162,7 +162,7 @@ def path_attention_reference(
     position = sealed[:, :, None] + places[: PATH_NODES + TILE]
     behind = position - lengths[:, :, None]
     # A stable sort by "is not on the path" lists a path's nodes first, in order.
-    nodes = torch.argsort((~on_path).to(torch.int8), dim=2, stable=True)
+    nodes = torch.argsort((~on_path).to(torch.uint8), dim=2, stable=True)
     slots = torch.where(behind < 0, position, lengths[:, :, None] + nodes.gather(2, behind.clamp(0, T - 1)))
     newest = position < seen[:, :, None]
     picked = slots.masked_fill(~newest, 0).view(B, 1, -1, 1).expand(B, G, -1, D)
