@@ -29,6 +29,7 @@ def call(backend, inputs: Inputs, **options) -> Tensor:
         (Case([0], T=1, L=40), torch.float16),  # the first token of all
         (Case([63, 321], T=30, D=128, L=400), torch.bfloat16),  # nothing sealed; two runs
         (Case([110, 111, 113], T=5, H=8, G=2, L=130), torch.float16),  # the first tile is sealed for some nodes
+        (Case([172, 420], T=8, H=2, G=2, L=440), torch.bfloat16),  # a further tile, in the same run and in another
         (Case([120], T=9, H=8, G=1, D=96, L=140), torch.bfloat16),  # 72 packed rows: a second, partial row block
         (Case([250], T=PATH_NODES, H=7, G=1, D=80, L=298), torch.float16),  # up to the cache's last slot
         (Case([190], T=3, D=256, L=260), torch.bfloat16),  # the largest head: tiles of 32 keys
@@ -91,6 +92,7 @@ class Path:
         (9, 9, torch.bfloat16),  # all of it may lie in the tail
         (111, 12, torch.float16),  # the last before a tile is sealed
         (112, 12, torch.bfloat16),  # the first one behind
+        (175, 12, torch.bfloat16),  # one tile is sealed, and for deeper nodes one more of its run
         (200, 12, torch.bfloat16),
         (311, PATH_NODES, torch.float16),  # as deep as can be; one more run for other nodes
         (380, 12, torch.bfloat16),  # two runs
@@ -148,6 +150,15 @@ def test_what_sees_nan_becomes_nan_and_nothing_else(backend, slot):
     got = call(backend, inputs)
     assert bool(got[0][:, seen].isnan().all()) and bool(seen.any()) and bool(seen.all()) == (slot < 150)
     assert torch.equal(got[0][:, ~seen], expected[0][:, ~seen])
+
+
+def test_keys_at_minus_infinity_count_for_nothing(backend):
+    """All sealed ones are: a run that is read finds no weight at all."""
+    inputs = make(Case([130], T=3, H=4, G=2, L=150), torch.float16)
+    inputs.queries = inputs.queries.abs() + 0.1
+    inputs.keys[:, :, :64] = -torch.inf
+    inputs.seen[..., :64] = False
+    torch.testing.assert_close(call(backend, inputs).double(), plain(inputs, torch.float64), rtol=2e-3, atol=2e-3)
 
 
 def test_bits_beyond_the_tail_count_for_nothing(backend):
