@@ -14,6 +14,7 @@ from tests.replay import DeviceReplayDraft, ReplayDraft
 from vispec.decode import generate, replay
 from vispec.decode.graph import LateEngine
 from vispec.decode.shapes import MENU, AdaptiveShape
+from vispec.targets.fused import FusedDecoder
 
 pytestmark = pytest.mark.gpu
 
@@ -60,6 +61,28 @@ def test_a_ragged_batch_equals_its_rows_alone(name):
         alone = family.model.generate(**prompt, max_new_tokens=24, do_sample=False)
         new = alone[0, prompt["input_ids"].shape[1] :].tolist()
         assert together[row, batch["input_ids"].shape[1] :].tolist()[: len(new)] == new
+
+
+@pytest.mark.parametrize("option", [{}, {"do_sample": True, "temperature": 1.4, "top_k": 40, "seed": 5}])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("fused", [True, False])
+def test_exact_self_gives_the_bits_of_plain_decoding(monkeypatch, fused, dtype, option):
+    """Captured rounds and rounds that wait, in 16-bit formats, where any other sum would show."""
+    if not fused:
+        monkeypatch.setattr(FusedDecoder, "of", lambda decoder: None)
+    family = tiny.build("qwen2_5_vl", hidden_size=128, num_attention_heads=2, num_key_value_heads=1)
+    family.model.to("cuda", dtype)
+    prompts = [family.prompt(1, seed=row, text=5 + 60 * row) for row in range(2)]
+    keys = [tuple(prompt["input_ids"][0].tolist()) for prompt in prompts]
+    batch = on_gpu(family.batch(prompts, "left"))
+    batch = {name: part.to(dtype) if part.is_floating_point() else part for name, part in batch.items()}
+    options = {"max_new_tokens": 40, "exact": "self", "eos_token_id": tiny.VOCABULARY + 1, **option}
+    expected = vispec.fast_generate(family.model, None, batch, graphs=False, **options)
+    new = expected[:, batch["input_ids"].shape[1] :]
+    known = ReplayDraft(dict(zip(keys, new.tolist(), strict=True)), tiny.VOCABULARY, hit_rate=0.95)
+    late = DeviceReplayDraft(new, tiny.VOCABULARY, miss_every=6)
+    for draft, tree in ((None, "auto"), (known, vispec.TreeConfig()), (late, vispec.TreeConfig()), (late, "auto")):
+        assert torch.equal(vispec.fast_generate(family.model, draft, batch, tree=tree, **options), expected)
 
 
 def test_a_seed_gives_the_cpus_tokens():

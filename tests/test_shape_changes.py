@@ -118,7 +118,7 @@ def test_the_vispec_draft_catches_up_as_it_does_behind_waiting_rounds(monkeypatc
     options = {"max_new_tokens": 30, "return_dict_in_generate": True, **NO_END}
 
     class WaitingScript(FixedTree):
-        def __init__(self, widest):
+        def __init__(self, widest, most_nodes):
             super().__init__(DEFAULT)
             self.asked = 0
 
