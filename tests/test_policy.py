@@ -407,7 +407,7 @@ def test_what_was_learned_is_kept_for_the_next_call_and_no_longer_than_the_draft
     family = tiny.build("llama")
     prompt, draft = family.prompt(0, seed=3), fresh_draft(family.model)
     options = {"max_new_tokens": 12, "eos_token_id": tiny.VOCABULARY + 1}
-    key = (1, False, torch.get_num_threads())
+    key = (1, False, torch.get_num_threads(), False)
     assert memory.recall(family.model, draft, key) is None
     vispec.fast_generate(family.model, draft, prompt, **options)
     kept = memory.recall(family.model, draft, key)
@@ -416,7 +416,7 @@ def test_what_was_learned_is_kept_for_the_next_call_and_no_longer_than_the_draft
     vispec.fast_generate(family.model, draft, prompt, **options)
     assert memory.recall(family.model, draft, key).target._passes > passes
     assert kept.target._passes == passes, "a call in flight has a copy of its own"
-    assert memory.recall(family.model, draft, (2, False, torch.get_num_threads())) is None
+    assert memory.recall(family.model, draft, (2, False, torch.get_num_threads(), False)) is None
     assert memory.recall(tiny.build("llama").model, draft, key) is None
     vispec.fast_generate(family.model, draft, prompt, tree=TreeConfig(), **options)
     assert memory.recall(family.model, draft, key).target._passes > passes

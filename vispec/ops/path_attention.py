@@ -59,7 +59,7 @@ def path_attention(
         A node that sees nothing gets zeros. Slots that no node of a row sees may hold anything, NaN too. Sums are
         float32. There is no kernel for float32 and for other head widths: such tensors take the reference, over all L
         slots, whose products are those of PyTorch: that a row of them does not depend on its index is a property of the
-        library, which `targets.row_check` tries. Does not synchronise; a CUDA graph can replay it, and reads the
+        library, which `targets.check_rows` tries. Does not synchronise; a CUDA graph can replay it, and reads the
         lengths that it then finds.
 
     Source: original.
