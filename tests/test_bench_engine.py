@@ -260,7 +260,9 @@ def test_the_fused_pass_calls_a_quantised_targets_own_layers(name, kernels, monk
     model, inputs = quantised(name, torch.bfloat16, kernels.device)
     calls = Counter()
     fused, linear = FusedDecoder.__call__, Int8Linear.forward
-    monkeypatch.setattr(FusedDecoder, "__call__", lambda *them: (calls.update(["fused"]), fused(*them))[1])
+    monkeypatch.setattr(
+        FusedDecoder, "__call__", lambda *them, **named: (calls.update(["fused"]), fused(*them, **named))[1]
+    )
     monkeypatch.setattr(Int8Linear, "forward", lambda *them: (calls.update(["linear"]), linear(*them))[1])
     draft = vispec.ViSpecDraft.for_target(model)
     with ops.use_backend(None if kernels.name == "cuda" else kernels.name):
