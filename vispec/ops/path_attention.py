@@ -2,16 +2,12 @@
 
 from __future__ import annotations
 
-import math
-
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from vispec.ops.backend import kernels_for, stream_of
-from vispec.ops.checks import check_kind, check_range, check_tensor, describe
-from vispec.ops.rope_append import check_alike
-from vispec.ops.tree_attention import DTYPES, HEADS, KERNEL_DTYPES, check_vectors
+from vispec.ops.tree_attention import HEADS, KERNEL_DTYPES, check_attention, check_vectors, checked_scale
 
 # Most nodes, and so the longest path. A multiple of the 16 rows of a matrix product's tile, and of the 24 that MKL
 # works in where there is no AVX-512: with a part of a tile left over, its rows would be added up in another order.
@@ -65,24 +61,10 @@ def path_attention(
     Source: original.
     """
     op = "path_attention"
-    if not isinstance(queries, Tensor) or queries.dtype not in DTYPES or queries.dim() != 4:
-        raise ValueError(f"{op}: queries must be float32, float16 or bfloat16 [B, H, T, D], got {describe(queries)}")
+    check_attention(op, queries, keys, values, ancestors, lengths, output, most_slots=PATH_NODES)
     B, H, T, D = queries.shape
-    G, L = keys.shape[1:3] if isinstance(keys, Tensor) and keys.dim() == 4 else (-1, -1)
-    check_range(op, "T", T, 1, PATH_NODES)
-    check_kind(op, "keys", keys, queries.dtype, "B, G, L, D", (B, G, L, D), queries)
-    check_kind(op, "values", values, queries.dtype, "B, G, L, D", (B, G, L, D), queries)
-    check_kind(op, "output", output, queries.dtype, "B, H, T, D", (B, H, T, D), queries)
-    check_tensor(op, "ancestors", ancestors, torch.int64, "B, T, 1", (B, T, 1), queries)
-    check_tensor(op, "lengths", lengths, torch.int64, "B", (B,), queries)
-    if min(B, D, G, L) < 1 or H % G != 0:
-        raise ValueError(
-            f"{op}: sizes must be positive and H a multiple of G, got {describe(queries)} and {describe(keys)}"
-        )
-    check_alike(op, "keys and values", keys, values)
-    scale = D**-0.5 if scale is None else float(scale)
-    if not 0 < scale < math.inf:
-        raise ValueError(f"{op}: scale must be positive and finite, got {scale}")
+    G, L = keys.shape[1:3]
+    scale = checked_scale(op, scale, D)
 
     module = kernels_for(op, queries) if queries.dtype in KERNEL_DTYPES and D in HEADS else None
     if module is None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
@@ -68,25 +69,10 @@ def tree_attention(
         original.
     """
     op = "tree_attention"
-    if not isinstance(queries, Tensor) or queries.dtype not in DTYPES or queries.dim() != 4:
-        raise ValueError(f"{op}: queries must be float32, float16 or bfloat16 [B, H, T, D], got {describe(queries)}")
+    own = (queries, keys, values, ancestors, lengths, output)
+    check_attention(op, *own, most_slots=MAX_SLOTS, offset=offset, widths=HEADS)
     B, H, T, D = queries.shape
-    G, L = keys.shape[1:3] if isinstance(keys, Tensor) and keys.dim() == 4 else (-1, -1)
-    if D not in HEADS:
-        raise ValueError(f"{op}: the head width D must be one of {', '.join(map(str, HEADS))}, got {D}")
-    check_range(op, "T", T, 1, MAX_SLOTS)
-    check_range(op, "offset", offset, 0, MAX_SLOTS - T)
-    words = (offset + T + 63) // 64
-    check_kind(op, "keys", keys, queries.dtype, "B, G, L, D", (B, G, L, D), queries)
-    check_kind(op, "values", values, queries.dtype, "B, G, L, D", (B, G, L, D), queries)
-    check_kind(op, "output", output, queries.dtype, "B, H, T, D", (B, H, T, D), queries)
-    check_tensor(op, "ancestors", ancestors, torch.int64, "B, T, W", (B, T, words), queries)
-    check_tensor(op, "lengths", lengths, torch.int64, "B", (B,), queries)
-    if min(B, G, L) < 1 or H % G != 0:
-        raise ValueError(
-            f"{op}: sizes must be positive and H a multiple of G, got {describe(queries)} and {describe(keys)}"
-        )
-    check_alike(op, "keys and values", keys, values)
+    G, L = keys.shape[1:3]
     for name, tensor in {"queries": queries, "keys": keys, "values": values, "output": output}.items():
         check_vectors(op, name, tensor)
     if tail is not None:
@@ -96,9 +82,7 @@ def tree_attention(
                 check_vectors(op, f"tail.{name}", tensor)
         if tail.cosines.shape[2] % 16:
             raise ValueError(f"{op}: tail.cosines must have a multiple of 16 columns, got {tail.cosines.shape[2]}")
-    scale = D**-0.5 if scale is None else float(scale)
-    if not 0 < scale < math.inf:
-        raise ValueError(f"{op}: scale must be positive and finite, got {scale}")
+    scale = checked_scale(op, scale, D)
 
     module = kernels_for(op, queries) if queries.dtype in KERNEL_DTYPES else None
     if module is None:
@@ -134,6 +118,48 @@ def serves_tree_attention(queries: Tensor, keys: Tensor, values: Tensor) -> bool
     if D not in HEADS or T > MAX_SLOTS or not all(map(has_vectors, (queries, keys, values))):
         return False
     return kernels_for("tree_attention", queries) is not None
+
+
+def check_attention(
+    op: str,
+    queries: Tensor,
+    keys: Tensor,
+    values: Tensor,
+    ancestors: Tensor,
+    lengths: Tensor,
+    output: Tensor,
+    *,
+    most_slots: int,
+    offset: int = 0,
+    widths: Sequence[int] | None = None,
+) -> None:
+    """Require the dtypes and shapes of `tree_attention`, with at most so many slots behind the committed ones."""
+    if not isinstance(queries, Tensor) or queries.dtype not in DTYPES or queries.dim() != 4:
+        raise ValueError(f"{op}: queries must be float32, float16 or bfloat16 [B, H, T, D], got {describe(queries)}")
+    B, H, T, D = queries.shape
+    G, L = keys.shape[1:3] if isinstance(keys, Tensor) and keys.dim() == 4 else (-1, -1)
+    if widths is not None and D not in widths:
+        raise ValueError(f"{op}: the head width D must be one of {', '.join(map(str, widths))}, got {D}")
+    check_range(op, "T", T, 1, most_slots)
+    check_range(op, "offset", offset, 0, most_slots - T)
+    check_kind(op, "keys", keys, queries.dtype, "B, G, L, D", (B, G, L, D), queries)
+    check_kind(op, "values", values, queries.dtype, "B, G, L, D", (B, G, L, D), queries)
+    check_kind(op, "output", output, queries.dtype, "B, H, T, D", (B, H, T, D), queries)
+    check_tensor(op, "ancestors", ancestors, torch.int64, "B, T, W", (B, T, (offset + T + 63) // 64), queries)
+    check_tensor(op, "lengths", lengths, torch.int64, "B", (B,), queries)
+    if min(B, D, G, L) < 1 or H % G != 0:
+        raise ValueError(
+            f"{op}: sizes must be positive and H a multiple of G, got {describe(queries)} and {describe(keys)}"
+        )
+    check_alike(op, "keys and values", keys, values)
+
+
+def checked_scale(op: str, scale: float | None, width: int) -> float:
+    """The factor of the products of queries and keys; None: `width` to the power -1/2."""
+    scale = width**-0.5 if scale is None else float(scale)
+    if not 0 < scale < math.inf:
+        raise ValueError(f"{op}: scale must be positive and finite, got {scale}")
+    return scale
 
 
 def has_vectors(tensor: Tensor) -> bool:
