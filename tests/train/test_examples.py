@@ -6,6 +6,7 @@ import argparse
 import json
 import random
 import shlex
+import subprocess
 import sys
 from pathlib import Path
 
@@ -18,9 +19,11 @@ EXAMPLE = Path(__file__).resolve().parents[2] / "examples" / "smollava"
 
 
 def commands() -> list[list[str]]:
-    """The `vispec train` commands of the example's page."""
-    text = (EXAMPLE / "README.md").read_text(encoding="utf-8").replace("\\\n", " ")
-    return [shlex.split(line)[1:] for line in text.splitlines() if line.startswith("vispec train ")]
+    """The `vispec train` commands of the example's script."""
+    text = (EXAMPLE / "make.sh").read_text(encoding="utf-8").replace("\\\n", " ")
+    asked = next(line for line in text.splitlines() if line.startswith("asked=")).removeprefix("asked=").strip('"')
+    lines = [line.replace("$asked", asked).replace("$resume", "--resume") for line in text.splitlines()]
+    return [shlex.split(line)[1:] for line in lines if line.startswith("vispec train ")]
 
 
 def test_the_commands_parse():
@@ -28,7 +31,8 @@ def test_the_commands_parse():
     add_commands(parser.add_subparsers(required=True))
     found = [parser.parse_args(command) for command in commands()]
     assert [one.train_command for one in found] == ["collect", "collect", "fit", "eval"]
-    assert found[0].temperatures == [0, 1] and found[1].read and found[2].data == ["ANSWERS", "READ"]
+    assert found[0].temperatures == [0, 1] and found[1].read and found[2].data == ["$out/answers", "$out/read"]
+    assert subprocess.run(["sh", "-n", str(EXAMPLE / "make.sh")], check=False).returncode == 0
 
 
 def test_the_config_is_a_config():
