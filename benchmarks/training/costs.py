@@ -8,7 +8,6 @@ the model and then answer one prompt plainly, or fit a draft on that prompt and 
 from __future__ import annotations
 
 import argparse
-import csv
 import multiprocessing
 import time
 from pathlib import Path
@@ -18,6 +17,7 @@ from typing import Any
 import torch
 
 from benchmarks.record import RESULTS, peak_resident_bytes
+from benchmarks.training.runs import read_log
 from vispec.cli.loading import Loaded, load
 from vispec.train.collect import CollectConfig, collect
 from vispec.train.config import FitConfig
@@ -105,10 +105,8 @@ def _plainly(loaded: Loaded, requests: list[Request], store: ImageStore, new_tok
 def _step(loaded: Loaded, folder: Path) -> dict[str, Any]:
     config = FitConfig(data=str(folder / "answers0"), out=str(folder / "share"), max_steps=STEPS, log_every=1)
     fit(loaded.model, loaded.processor, config)
-    with open(folder / "share" / "log.csv", newline="") as file:
-        steps = list(csv.DictReader(file))
     # The first one warms up.
-    shares = [float(step["target_share"]) for step in steps[1:]]
+    shares = [float(step["target_share"]) for step in read_log(folder / "share")[1:]]
     return {"target_share_of_a_step": sum(shares) / len(shares)}
 
 
@@ -133,7 +131,7 @@ def _peak(way: str, options: argparse.Namespace, folder: Path, found: Any) -> No
     if way == "plain":
         _plainly(loaded, [source[0]], ImageStore(source.image_root), options.max_new_tokens)
     else:
-        config = CollectConfig(extension="", max_new_tokens=options.max_new_tokens, read=False)
+        config = CollectConfig(extension="", max_new_tokens=options.max_new_tokens)
         collect(loaded.model, loaded.processor, source, folder / "one", config, limit=1)
         one = FitConfig(data=str(folder / "one"), out=str(folder / "peak"), max_steps=STEPS, batch_size=1)
         fit(loaded.model, loaded.processor, one)

@@ -6,14 +6,13 @@ The folder is what `vispec train fit` left there. Tau is known at the checkpoint
 
 from __future__ import annotations
 
-import csv
 import importlib.util
 import json
 from pathlib import Path
 from typing import Any
 
 from benchmarks.record import RESULTS
-from benchmarks.training.runs import TEMPERATURES, measured_alike
+from benchmarks.training.runs import TEMPERATURES, measured_alike, read_log, so_far
 from vispec.train.config import read_config
 
 RECORD = RESULTS / "training_curve.json"
@@ -27,23 +26,18 @@ def read_curve(folder: Path) -> dict[str, Any]:
     Raises: FileNotFoundError without a log or without a measured checkpoint; ValueError where those were measured
     differently.
     """
-    with open(folder / "log.csv", newline="") as file:
-        logged = list(csv.DictReader(file))
+    logged = read_log(folder)
     config = read_config(folder / "training.json", {})
-    last = int(logged[-1]["step"])
-    seen, seconds, step, losses = 0.0, 0.0, 0, []
-    for row in logged:
-        # Only every so many steps are in the log: each stands for those since the one before.
-        steps, step = int(row["step"]) - step, int(row["step"])
-        seen += steps * float(row["rows"])
-        seconds += steps * float(row["seconds"])
+    last, losses = int(logged[-1]["step"]), []
+    for row, (seen, minutes) in zip(logged, so_far(logged), strict=True):
+        step = int(row["step"])
         passes = config.passes_of(step, last)
         losses.append(
             {
                 "step": step,
                 "passes": passes,
-                "answer_tokens_seen": round(seen),
-                "minutes": seconds / 60,
+                "answer_tokens_seen": seen,
+                "minutes": minutes,
                 "loss_a_pass": float(row["loss"]) / passes,
             }
         )

@@ -49,14 +49,10 @@ def read_run(name: str, folder: Path) -> dict[str, Any]:
         key: {name: found[name] for name in ("tau", "rounds", "new_tokens", "acceptance_by_depth")}
         for key, found in figures["temperatures"].items()
     }
-    log = folder / "log.csv"
-    if log.is_file():
+    if (folder / "log.csv").is_file():
         config = json.loads((folder / "training.json").read_text())["config"]
-        with open(log, newline="") as file:
-            steps = list(csv.DictReader(file))
-        # Only every so many steps are in the log, and the last one.
-        row["answer_tokens_seen"] = round(_mean(steps, "rows") * int(steps[-1]["step"]))
-        row["minutes"] = _mean(steps, "seconds") * int(steps[-1]["step"]) / 60
+        steps = read_log(folder)
+        row["answer_tokens_seen"], row["minutes"] = so_far(steps)[-1]
         # What the target took depends on which run read it first: its features are kept for the others.
         row["own_seconds_a_step"] = statistics.median(
             float(step["seconds"]) * (1 - float(step["target_share"])) for step in steps
@@ -65,8 +61,24 @@ def read_run(name: str, folder: Path) -> dict[str, Any]:
     return row
 
 
-def _mean(steps: list[dict[str, str]], name: str) -> float:
-    return sum(float(step[name]) for step in steps) / len(steps)
+def read_log(folder: Path) -> list[dict[str, str]]:
+    """The rows of a run's `log.csv`. Raises: FileNotFoundError."""
+    with open(folder / "log.csv", newline="") as file:
+        return list(csv.DictReader(file))
+
+
+def so_far(steps: list[dict[str, str]]) -> list[tuple[int, float]]:
+    """Answer tokens seen and minutes up to each row of a log.
+
+    Only every so many steps are in the log, and the last one: each stands for those since the one before.
+    """
+    seen, minutes, last, found = 0.0, 0.0, 0, []
+    for row in steps:
+        count, last = int(row["step"]) - last, int(row["step"])
+        seen += count * float(row["rows"])
+        minutes += count * float(row["seconds"]) / 60
+        found.append((round(seen), minutes))
+    return found
 
 
 def shown(record: dict[str, Any]) -> list[str]:
