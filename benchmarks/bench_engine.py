@@ -38,9 +38,10 @@ from transformers import PreTrainedModel
 from benchmarks.engine.case import LONG, SHORT, Case, measure, unless_out_of_memory
 from benchmarks.engine.floors import Machine, Setting
 from benchmarks.engine.quantised import quantise
-from benchmarks.engine.roofline import check_plotting, draw
+from benchmarks.engine.roofline import draw
 from benchmarks.engine.targets import SHAPES, TINY_SHAPES, Shape
 from benchmarks.ops.timing import measure_ceilings
+from benchmarks.pictures import check_plotting
 from benchmarks.record import write
 
 CONTEXTS = [512, 2048, 4096, 8192, 16384]
@@ -191,7 +192,7 @@ def main() -> None:
     parser.add_argument("--json", help="write the record here after every row")
     arguments = parser.parse_args()
     if arguments.plot:
-        check_plotting()
+        check_plotting("bench_engine: --plot")
     if arguments.check:
         rows = check(arguments.profile)
         for row in rows:

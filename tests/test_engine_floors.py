@@ -10,7 +10,7 @@ import pytest
 import torch
 
 import vispec
-from benchmarks import tables
+from benchmarks import pictures, tables
 from benchmarks.engine import page, roofline
 from benchmarks.engine.floors import (
     H100_DATA_SHEET,
@@ -149,6 +149,6 @@ def test_a_picture_shows_each_pass_and_what_was_measured(tmp_path):
 
 
 def test_a_picture_needs_matplotlib(monkeypatch, tmp_path):
-    monkeypatch.setattr(roofline.importlib.util, "find_spec", lambda name: None)
+    monkeypatch.setattr(pictures.importlib.util, "find_spec", lambda name: None)
     with pytest.raises(SystemExit, match="--plot needs the package matplotlib: pip install matplotlib"):
         roofline.draw(tmp_path / "x.svg")

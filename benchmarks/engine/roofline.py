@@ -9,7 +9,6 @@ An SVG holds the numbers that it was drawn from, which the tests compare with wh
 from __future__ import annotations
 
 import argparse
-import importlib.util
 import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -27,16 +26,11 @@ from benchmarks.engine.floors import (
 )
 from benchmarks.engine.page import CONTEXT, DRAFT_CONTEXT, is_typical
 from benchmarks.engine.targets import SHAPES
+from benchmarks.pictures import check_plotting, picture
 
 LEVELS = PHASES[0]
 MARKERS = {"plain step": "s", LEVELS: "^", "adaptor": "D"}
 COLOURS = ("#1f77b4", "#d62728", "#2ca02c", "#9467bd")
-
-
-def check_plotting() -> None:
-    """Raises SystemExit where matplotlib is not installed."""
-    if importlib.util.find_spec("matplotlib") is None:
-        raise SystemExit("bench_engine: --plot needs the package matplotlib: pip install matplotlib")
 
 
 def points() -> dict[str, dict[str, dict[str, float]]]:
@@ -80,23 +74,16 @@ def draw(path: Path, rows: Sequence[Mapping[str, Any]] = ()) -> None:
 
     Raises: SystemExit without matplotlib.
     """
-    check_plotting()
-    from matplotlib import rc_context
-    from matplotlib.figure import Figure
-
+    check_plotting("bench_engine: --plot")
     floors = points()
     times = {row["target"]: measured(row) for row in rows if is_typical(row)}
-    # Text stays text, and equal numbers give an equal file.
-    with rc_context({"svg.fonttype": "none", "svg.hashsalt": "roofline", "font.size": 9}):
-        figure = Figure(figsize=(10, 4.2), layout="constrained")
+    with picture(path, "roofline", (10, 4.2), floors) as figure:
         axes = figure.subplots(1, 2, sharey=True)
         for (name, passes), colour in zip(floors.items(), COLOURS, strict=True):
             for each, across in zip(axes, ("operations_a_byte", "gigabytes"), strict=True):
                 _passes(each, passes, times.get(name, {}), across, colour)
         _describe(*axes)
         axes[1].legend(*_legend(list(floors)), fontsize=8)
-        about = {"Description": json.dumps(floors), "Date": None} if path.suffix == ".svg" else None
-        figure.savefig(path, dpi=120, metadata=about)
 
 
 def _passes(axes: Any, passes: Mapping, times: Mapping[str, float], across: str, colour: str) -> None:

@@ -6,11 +6,11 @@ The folder is what `vispec train fit` left there. Tau is known at the checkpoint
 
 from __future__ import annotations
 
-import importlib.util
 import json
 from pathlib import Path
 from typing import Any
 
+from benchmarks.pictures import check_plotting, picture
 from benchmarks.record import RESULTS
 from benchmarks.training.runs import TEMPERATURES, measured_alike, read_log, so_far
 from vispec.train.config import read_config
@@ -90,15 +90,9 @@ def points(rows: dict[str, Any]) -> dict[str, list[list[float]]]:
 
 def draw(path: Path, rows: dict[str, Any]) -> None:
     """Draws loss and tau against the tokens seen. Raises: SystemExit without matplotlib."""
-    if importlib.util.find_spec("matplotlib") is None:
-        raise SystemExit("training curve: --picture needs the package matplotlib: pip install matplotlib")
-    from matplotlib import rc_context
-    from matplotlib.figure import Figure
-
+    check_plotting("training curve: --picture")
     lines = points(rows)
-    # Text stays text, and equal numbers give an equal file.
-    with rc_context({"svg.fonttype": "none", "svg.hashsalt": "training curve", "font.size": 9}):
-        figure = Figure(figsize=(10, 3.4), layout="constrained")
+    with picture(path, "training curve", (10, 3.4), lines) as figure:
         left, right = figure.subplots(1, 2)
         for name, pairs in lines.items():
             axes, marker = (left, None) if name == "loss a pass" else (right, "o")
@@ -114,5 +108,3 @@ def draw(path: Path, rows: dict[str, Any]) -> None:
         left.set(title="loss a pass", xlabel="million answer tokens seen")
         right.set(title="held-out tau", xlabel="million answer tokens seen", ylim=(0, None))
         right.legend()
-        about = {"Description": json.dumps(lines), "Date": None} if path.suffix == ".svg" else None
-        figure.savefig(path, dpi=120, metadata=about)
