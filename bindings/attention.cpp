@@ -1,7 +1,7 @@
-// Attention over the cache, one short block an op: rope_append, tree_attention, path_attention.
+// Attention over the cache, one short block an op: rope_append, tree_attention, path_attention. A CPU leaves
+// tree_attention to torch, so it is bound only where there are kernels.
 #include "bind.h"
 
-#if defined(VISPEC_HAS_KERNELS)
 namespace vispec::bindings {
 namespace {
 
@@ -65,9 +65,34 @@ void rope_append(py::handle queries_, py::tuple tail, py::handle keys_, py::hand
   RopeAppend op = shared<RopeAppend>(queries, keys, values, output, lengths, stream);
   op.tail = tail_of(tail);
   op.offset = offset;
-  run(cuda::rope_append, op);
+  run(VISPEC_DISPATCH(rope_append, queries.cuda()), op);
 }
 
+void path_attention(py::handle queries_, py::handle keys_, py::handle values, py::handle ancestors,
+                    py::handle lengths, py::handle output_, float scale, py::handle workspace,
+                    uintptr_t stream) {
+  const TensorView queries("queries", queries_), keys("keys", keys_), output("output", output_);
+  TreeAttention op = shared<TreeAttention>(queries, keys, values, output, lengths, stream);
+  op.ancestors = TensorView("ancestors", ancestors).int64s();
+  op.scale = scale;
+  op.S = op.T;
+  op.W = 1;
+  op.workspace = workspace.is_none() ? nullptr : TensorView("workspace", workspace).data();
+  run(VISPEC_DISPATCH(path_attention, queries.cuda()), op);
+}
+
+TreeAttention sizes(int64_t B, int64_t H, int64_t G, int64_t T, int64_t L, int64_t head) {
+  TreeAttention op{};
+  op.B = B, op.H = H, op.G = G, op.T = T, op.L = L, op.head = head;
+  return op;
+}
+
+int64_t path_attention_workspace_bytes(int64_t B, int64_t H, int64_t G, int64_t T, int64_t L, int64_t head,
+                                       bool on_gpu) {
+  return VISPEC_WORKSPACE(path_attention_workspace_bytes(sizes(B, H, G, T, L, head)), on_gpu);
+}
+
+#if defined(VISPEC_HAS_KERNELS)
 void tree_attention(py::handle queries_, py::handle keys_, py::handle values, py::handle ancestors_,
                     py::handle lengths, py::handle output_, py::object tail, int64_t slots, float scale,
                     py::handle workspace, uintptr_t stream) {
@@ -83,25 +108,10 @@ void tree_attention(py::handle queries_, py::handle keys_, py::handle values, py
   run(cuda::tree_attention, op);
 }
 
-void path_attention(py::handle queries_, py::handle keys_, py::handle values, py::handle ancestors,
-                    py::handle lengths, py::handle output_, float scale, py::handle workspace,
-                    uintptr_t stream) {
-  const TensorView queries("queries", queries_), keys("keys", keys_), output("output", output_);
-  TreeAttention op = shared<TreeAttention>(queries, keys, values, output, lengths, stream);
-  op.ancestors = TensorView("ancestors", ancestors).int64s();
-  op.scale = scale;
-  op.S = op.T;
-  op.W = 1;
-  op.workspace = TensorView("workspace", workspace).data();
-  run(cuda::path_attention, op);
+int64_t tree_attention_workspace_bytes(int64_t B, int64_t H, int64_t G, int64_t T, int64_t L, int64_t head) {
+  return cuda::tree_attention_workspace_bytes(sizes(B, H, G, T, L, head));
 }
-
-template <int64_t (*bytes)(const TreeAttention&)>
-int64_t workspace_bytes(int64_t B, int64_t H, int64_t G, int64_t T, int64_t L, int64_t head) {
-  TreeAttention op{};
-  op.B = B, op.H = H, op.G = G, op.T = T, op.L = L, op.head = head;
-  return bytes(op);
-}
+#endif
 
 }  // namespace
 
@@ -109,16 +119,17 @@ void bind_attention(py::module_& module) {
   using py::arg;
   module.def("rope_append", rope_append, arg("queries"), arg("tail"), arg("keys"), arg("values"),
              arg("lengths"), py::kw_only(), arg("output"), arg("offset"), arg("stream"));
+  module.def("path_attention", path_attention, arg("queries"), arg("keys"), arg("values"), arg("ancestors"),
+             arg("lengths"), py::kw_only(), arg("output"), arg("scale"), arg("workspace"), arg("stream"));
+  module.def("path_attention_workspace_bytes", path_attention_workspace_bytes, py::kw_only(), arg("B"),
+             arg("H"), arg("G"), arg("T"), arg("L"), arg("head"), arg("on_gpu"));
+#if defined(VISPEC_HAS_KERNELS)
   module.def("tree_attention", tree_attention, arg("queries"), arg("keys"), arg("values"), arg("ancestors"),
              arg("lengths"), py::kw_only(), arg("output"), arg("tail"), arg("slots"), arg("scale"),
              arg("workspace"), arg("stream"));
-  module.def("tree_attention_workspace_bytes", workspace_bytes<cuda::tree_attention_workspace_bytes>,
-             py::kw_only(), arg("B"), arg("H"), arg("G"), arg("T"), arg("L"), arg("head"));
-  module.def("path_attention", path_attention, arg("queries"), arg("keys"), arg("values"), arg("ancestors"),
-             arg("lengths"), py::kw_only(), arg("output"), arg("scale"), arg("workspace"), arg("stream"));
-  module.def("path_attention_workspace_bytes", workspace_bytes<cuda::path_attention_workspace_bytes>,
-             py::kw_only(), arg("B"), arg("H"), arg("G"), arg("T"), arg("L"), arg("head"));
+  module.def("tree_attention_workspace_bytes", tree_attention_workspace_bytes, py::kw_only(), arg("B"),
+             arg("H"), arg("G"), arg("T"), arg("L"), arg("head"));
+#endif
 }
 
 }  // namespace vispec::bindings
-#endif

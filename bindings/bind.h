@@ -46,9 +46,9 @@ inline void* stream_of(uintptr_t stream) { return reinterpret_cast<void*>(stream
 
 // One function a room of ops; each defines its ops in the module.
 void bind_round(py::module_& module);
-#if defined(VISPEC_HAS_KERNELS)
 void bind_layer(py::module_& module);
 void bind_attention(py::module_& module);
+#if defined(VISPEC_HAS_KERNELS)
 void bind_prefill(py::module_& module);
 #endif
 

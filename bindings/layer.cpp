@@ -1,8 +1,5 @@
-// The ops inside a decoder layer beside attention, one short block each: rms_norm, silu_mul. A CPU leaves
-// them to torch, so they are bound only where there are kernels.
+// The ops between a decoder layer's products, one short block each: rms_norm, silu_mul.
 #include "bind.h"
-
-#if defined(VISPEC_HAS_KERNELS)
 
 namespace vispec::bindings {
 namespace {
@@ -27,7 +24,7 @@ void rms_norm(py::handle hidden_, py::handle weight, py::handle output_, py::han
   op.M = hidden.size(0);
   op.C = hidden.size(1);
   op.stream = stream_of(stream);
-  run(cuda::rms_norm, op);
+  run(VISPEC_DISPATCH(rms_norm, hidden.cuda()), op);
 }
 
 void silu_mul(py::handle gate_, py::handle up_, py::handle output_, bool parity, uintptr_t stream) {
@@ -44,7 +41,7 @@ void silu_mul(py::handle gate_, py::handle up_, py::handle output_, bool parity,
   op.M = gate.size(0);
   op.I = gate.size(1);
   op.stream = stream_of(stream);
-  run(cuda::silu_mul, op);
+  run(VISPEC_DISPATCH(silu_mul, gate.cuda()), op);
 }
 
 }  // namespace
@@ -58,5 +55,3 @@ void bind_layer(py::module_& module) {
 }
 
 }  // namespace vispec::bindings
-
-#endif

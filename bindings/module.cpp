@@ -48,9 +48,9 @@ PYBIND11_MODULE(VISPEC_MODULE, module) {
   using py::arg;
   module.doc() = "Native ops of vispec; call them through vispec.ops, which checks the arguments.";
   bindings::bind_round(module);
-#if defined(VISPEC_HAS_KERNELS)
   bindings::bind_layer(module);
   bindings::bind_attention(module);
+#if defined(VISPEC_HAS_KERNELS)
   bindings::bind_prefill(module);
 #endif
   module.def("build_info", build_info);

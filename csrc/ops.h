@@ -154,7 +154,7 @@ struct RopeAppend {
 // lie in the cache, and the queries are rotated. With it they are as the projections left them: the same
 // launch does what rope_append does at offset S - T. Slots that no node sees may hold anything. fp32 sums.
 struct TreeAttention {
-  const void* queries;                                               // [B, H, T, head] dtype f16 or bf16
+  const void* queries;                                               // [B, H, T, head] dtype; GPU: f16, bf16
   void* keys;                                                        // [B, G, L, head] read, and with a tail
   void* values;                                                      // [B, G, L, head] appended to
   void* output;                                                      // [B, H, T, head]
@@ -220,6 +220,10 @@ void grow_level(const GrowLevel&);
 void build_tree(const BuildTree&);
 void accept(const Accept&);
 void commit(const Commit&);
+void rope_append(const RopeAppend&);
+void rms_norm(const RmsNorm&);
+void silu_mul(const SiluMul&);
+void path_attention(const TreeAttention&);
 }  // namespace cpu
 
 namespace cuda {

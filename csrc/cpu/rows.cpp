@@ -6,7 +6,9 @@
 namespace vispec::cpu {
 namespace {
 
-#define VISPEC_LEVEL_TABLE(level) {#level, level::scan, level::argmax, level::scale, level::weigh}
+#define VISPEC_LEVEL_TABLE(level)                                       \
+  {#level,      level::scan, level::argmax, level::scale, level::weigh, \
+   level::norm, level::silu, level::turn,   level::attend}
 
 constexpr RowFunctions kPortable = VISPEC_LEVEL_TABLE(portable);
 

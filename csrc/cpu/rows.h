@@ -1,5 +1,4 @@
-// Passes over one row of logits in its own dtype, compiled for several instruction sets and chosen at run
-// time.
+// Passes over one row in its own dtype, compiled for several instruction sets and chosen at run time.
 #pragma once
 
 #include <cstdint>
@@ -24,6 +23,18 @@ struct RowPart {
   double sum;  // of exp(value - max)
 };
 
+constexpr int64_t kMostLanes = 16;  // of a vector of float32
+
+inline int64_t padded_to_lanes(int64_t count) { return (count + kMostLanes - 1) / kMostLanes * kMostLanes; }
+
+// A node of path_attention and what it sees, in order.
+struct PathNode {
+  int64_t b, g, t;      // batch row, key-value head, node
+  int64_t committed;    // slots before the tail, all seen
+  const int64_t* tail;  // the slots of its ancestors and its own
+  int64_t seen;         // committed and tail slots together
+};
+
 // One set of functions for each instruction set, all alike:
 // scan: best K and sum of exponentials of columns [begin, end); NaN counts as -inf, +inf as FLT_MAX.
 // argmax: lowest column of the maximum, -1 where the row holds NaN or +inf or nothing above -inf.
@@ -31,6 +42,11 @@ struct RowPart {
 // where a
 //     score is NaN or +inf, or none is above -inf.
 // weigh: the weights of csrc/sampling.h, 0 for scores below `lowest`; returns their sum.
+// norm, silu: one row of the op.
+// turn: token t of batch row b, all its heads.
+// attend: one node, all query heads of its key-value head; `scratch` holds their queries and sums
+// (padded_to_lanes(head)
+//     each), their weights (padded_to_lanes(seen)), and kMostLanes rows of padded_to_lanes(head).
 #define VISPEC_DECLARE_LEVEL(level)                                                                       \
   namespace level {                                                                                       \
   void scan(const void* row, DType dtype, int64_t begin, int64_t end, RowPart* part);                     \
@@ -38,6 +54,10 @@ struct RowPart {
   bool scale(const void* row, DType dtype, int64_t V, float temperature, float* scores, float* block_max, \
              float* best);                                                                                \
   int64_t weigh(const float* scores, int64_t V, float best, float lowest, int64_t* weights);              \
+  void norm(const RmsNorm& op, int64_t row);                                                              \
+  void silu(const SiluMul& op, int64_t row);                                                              \
+  void turn(const RopeAppend& op, int64_t b, int64_t t);                                                  \
+  void attend(const TreeAttention& op, const PathNode& node, float* scratch);                             \
   }
 VISPEC_DECLARE_LEVEL(portable)
 VISPEC_DECLARE_LEVEL(avx2)
@@ -50,6 +70,10 @@ struct RowFunctions {
   decltype(&portable::argmax) argmax;
   decltype(&portable::scale) scale;
   decltype(&portable::weigh) weigh;
+  decltype(&portable::norm) norm;
+  decltype(&portable::silu) silu;
+  decltype(&portable::turn) turn;
+  decltype(&portable::attend) attend;
 };
 
 // The widest that this machine has.

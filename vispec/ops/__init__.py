@@ -8,8 +8,8 @@ from vispec.ops.backend import use_backend
 from vispec.ops.build_tree import build_tree, build_tree_reference
 from vispec.ops.commit import Gather, RowState, commit, commit_reference, pointer_table
 from vispec.ops.grow_level import grow_level, grow_level_reference
-from vispec.ops.path_attention import PATH_NODES, path_attention, path_attention_reference
-from vispec.ops.rms_norm import rms_norm, rms_norm_reference
+from vispec.ops.path_attention import PATH_NODES, counts_any_nodes, path_attention, path_attention_reference
+from vispec.ops.rms_norm import rms_norm, rms_norm_reference, serves_layers
 from vispec.ops.rope_append import Tail, rope_append, rope_append_reference
 from vispec.ops.silu_mul import silu_mul, silu_mul_reference
 from vispec.ops.tree_attention import HEADS, serves_tree_attention, tree_attention, tree_attention_reference
@@ -31,6 +31,7 @@ __all__ = [
     "build_tree_reference",
     "commit",
     "commit_reference",
+    "counts_any_nodes",
     "grow_level",
     "grow_level_reference",
     "path_attention",
@@ -40,6 +41,7 @@ __all__ = [
     "rms_norm_reference",
     "rope_append",
     "rope_append_reference",
+    "serves_layers",
     "serves_tree_attention",
     "silu_mul",
     "silu_mul_reference",

@@ -6,7 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from vispec.ops.backend import kernels_for, stream_of
+from vispec.ops.backend import choice, native_for, stream_of
 from vispec.ops.tree_attention import HEADS, KERNEL_DTYPES, check_attention, check_vectors, checked_scale
 
 # Most nodes, and so the longest path. A multiple of the 16 rows of a matrix product's tile, and of the 24 that MKL
@@ -30,7 +30,8 @@ def path_attention(
 
     A node's result is a function of its query and of the keys and values along its path, in order: the committed slots,
     then its ancestors and itself. It does not depend on which of these are committed already, on the slots of the
-    others, on the other nodes, or on the node's own index. The number of nodes T and all sizes but L must be the same.
+    others, on the other nodes, or on the node's own index. The number of nodes T (but where `counts_any_nodes`) and all
+    sizes but L must be the same.
 
     Shapes (B batch, H query heads, G key-value heads, T nodes, L cache slots, D head width; integers int64):
         queries: [B, H, T, D] float16, bfloat16 or float32, rotated.
@@ -39,8 +40,8 @@ def path_attention(
         ancestors: [B, T, 1]: bit i lets the node see slot lengths + i. Parents come before their children.
         lengths: [B] committed slots, which every node sees; taken as the nearest of 0 and L where they lie outside.
         output: [B, H, T, D] written in place; a view of [B, T, H * D] will do.
-        All float tensors: one dtype. For float16 and bfloat16 with a D of 64, 80, 96, 128 or 256: last dimension
-            contiguous, other strides multiples of 8 elements, first element at a multiple of 16 bytes.
+        All float tensors: one dtype, last dimension contiguous. On a GPU, for float16 and bfloat16 with a D of 64, 80,
+            96, 128 or 256: other strides multiples of 8 elements, first element at a multiple of 16 bytes.
 
     Args:
         scale: factor of the products of queries and keys; None: D to the power -1/2.
@@ -53,9 +54,9 @@ def path_attention(
 
     Notes:
         A node that sees nothing gets zeros. Slots that no node of a row sees may hold anything, NaN too. Sums are
-        float32. There is no kernel for float32 and for other head widths: such tensors take the reference, over all L
-        slots, whose products are those of PyTorch: that a row of them does not depend on its index is a property of the
-        library, which `targets.check_rows` tries. Does not synchronise; a CUDA graph can replay it, and reads the
+        float32. There is no GPU kernel for float32 and for other head widths: such tensors take the reference, over all
+        L slots, whose products are those of PyTorch: that a row of them does not depend on its index is a property of
+        the library, which `targets.check_rows` tries. Does not synchronise; a CUDA graph can replay it, and reads the
         lengths that it then finds.
 
     Source: original.
@@ -66,13 +67,20 @@ def path_attention(
     G, L = keys.shape[1:3]
     scale = checked_scale(op, scale, D)
 
-    module = kernels_for(op, queries) if queries.dtype in KERNEL_DTYPES and D in HEADS else None
+    for name, tensor in {"queries": queries, "keys": keys, "output": output}.items():
+        if D > 1 and tensor.stride(3) != 1:
+            raise ValueError(f"{op}: the last dimension of {name} must be contiguous, got strides {tensor.stride()}")
+
+    on_cpu = _is_for_cpu(queries)
+    served = on_cpu or (queries.dtype in KERNEL_DTYPES and D in HEADS)
+    module = native_for(op, queries) if served else None
     if module is None:
         path_attention_reference(queries, keys, values, ancestors, lengths, output=output, scale=scale)
         return
-    for name, tensor in {"queries": queries, "keys": keys, "values": values, "output": output}.items():
-        check_vectors(op, name, tensor)
-    needed = module.path_attention_workspace_bytes(B=B, H=H, G=G, T=T, L=L, head=D)
+    if not on_cpu:
+        for name, tensor in {"queries": queries, "keys": keys, "values": values, "output": output}.items():
+            check_vectors(op, name, tensor)
+    needed = module.path_attention_workspace_bytes(B=B, H=H, G=G, T=T, L=L, head=D, on_gpu=queries.is_cuda)
     module.path_attention(
         queries,
         keys,
@@ -81,9 +89,18 @@ def path_attention(
         lengths,
         output=output,
         scale=scale,
-        workspace=torch.empty(needed, dtype=torch.uint8, device=queries.device),
+        workspace=torch.empty(needed, dtype=torch.uint8, device=queries.device) if needed else None,
         stream=stream_of(queries),
     )
+
+
+def counts_any_nodes(queries: Tensor) -> bool:
+    """Whether a node's bits do not depend on the number of nodes T either: so it is in native CPU code."""
+    return _is_for_cpu(queries) and native_for("path_attention", queries) is not None
+
+
+def _is_for_cpu(queries: Tensor) -> bool:
+    return queries.device.type == "cpu" and choice() != "emulated"
 
 
 def path_attention_reference(
@@ -96,7 +113,7 @@ def path_attention_reference(
     output: Tensor,
     scale: float | None = None,
 ) -> None:
-    """`path_attention` in plain PyTorch: the oracle of its tests, and what runs on a CPU.
+    """`path_attention` in plain PyTorch: the oracle of its tests.
 
     Keys below `sealed`, which depends on the node's position alone, are multiplied run by run, every run in a product
     of one size; the newest ones are gathered from each node's own path.

@@ -5,8 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from vispec.ops.backend import kernels_for, stream_of
-from vispec.ops.checks import check_range, check_rows, check_tensor
+from vispec.ops.backend import native_for, stream_of
+from vispec.ops.checks import LOGITS_DTYPES, check_range, check_rows, check_tensor
 
 # What the kernel keeps in registers: 4096 vectors of 16 bytes.
 MAX_BYTES = 65536
@@ -45,8 +45,7 @@ def rms_norm(
         `parity` rounds exactly where the models of transformers do: the normalised value to the
         dtype, then its product with the weight. Without it there is one rounding, at the end. In
         float32 both are the same. A row with NaN or inf is NaN where the model's is; other rows do
-        not see it. Does not synchronise; a CUDA graph can replay it. CPU tensors take the PyTorch
-        reference.
+        not see it. Does not synchronise; a CUDA graph can replay it.
 
     Source: Zhang and Sennrich 2019; the roundings are those of transformers' LlamaRMSNorm.
     """
@@ -58,7 +57,7 @@ def rms_norm(
         check_rows(op, "residual", residual, "M, C", hidden)
     check_range(op, "C (hidden units)", C, 1, MAX_BYTES // hidden.element_size())
 
-    module = kernels_for(op, hidden)
+    module = native_for(op, hidden)
     if module is None:
         rms_norm_reference(hidden, weight, output=output, epsilon=epsilon, residual=residual, parity=parity)
         return
@@ -71,6 +70,11 @@ def rms_norm(
         parity=parity,
         stream=stream_of(hidden),
     )
+
+
+def serves_layers(like: Tensor) -> bool:
+    """Whether `rms_norm`, `silu_mul` and `rope_append` have native code for tensors of this dtype and device."""
+    return like.dtype in LOGITS_DTYPES and native_for("rms_norm", like) is not None
 
 
 def rms_norm_reference(

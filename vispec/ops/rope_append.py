@@ -7,7 +7,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from vispec.ops.backend import kernels_for, stream_of
+from vispec.ops.backend import native_for, stream_of
 from vispec.ops.checks import check_kind, check_range, check_tensor, describe
 
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
@@ -87,7 +87,7 @@ def rope_append(
         if D > 1 and tensor.stride(3) != 1:
             raise ValueError(f"{op}: the last dimension of {name} must be contiguous, got strides {tensor.stride()}")
 
-    module = kernels_for(op, queries)
+    module = native_for(op, queries)
     if module is None:
         rope_append_reference(queries, tail, keys, values, lengths, output=output, offset=offset)
         return

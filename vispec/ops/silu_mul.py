@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from vispec.ops.backend import kernels_for, stream_of
+from vispec.ops.backend import native_for, stream_of
 from vispec.ops.checks import check_rows
 
 
@@ -26,8 +26,7 @@ def silu_mul(gate: Tensor, up: Tensor, *, output: Tensor, parity: bool = True) -
     Notes:
         `parity` rounds where the models of transformers do: silu(gate), taken in float32, to the
         dtype, then the product. Without it there is one rounding, at the end. In float32 both are
-        the same. Does not synchronise; a CUDA graph can replay it. CPU tensors take the PyTorch
-        reference.
+        the same. Does not synchronise; a CUDA graph can replay it.
 
     Source: Shazeer 2020 (GLU variants); the roundings are those of transformers' LlamaMLP.
     """
@@ -36,7 +35,7 @@ def silu_mul(gate: Tensor, up: Tensor, *, output: Tensor, parity: bool = True) -
     check_rows(op, "up", up, "M, I", gate)
     check_rows(op, "output", output, "M, I", gate)
 
-    module = kernels_for(op, gate)
+    module = native_for(op, gate)
     if module is None:
         silu_mul_reference(gate, up, output=output, parity=parity)
         return
