@@ -43,7 +43,7 @@ OLDEST := 5.17.*
 test-oldest: $(VENV)-oldest/.ready
 	PYTHONPATH=. OMP_NUM_THREADS=1 $(VENV)-oldest/bin/python -m pytest -p no:cacheprovider $(IN_PARALLEL) \
 		tests/test_golden.py tests/test_draft.py tests/test_greedy.py tests/test_sampling.py tests/test_errors.py \
-		tests/test_verify_attention.py tests/test_fused.py tests/test_audit.py tests/test_guard.py tests/test_self.py
+		tests/test_verify_attention.py tests/test_fused.py tests/test_joined.py tests/test_audit.py tests/test_guard.py tests/test_self.py
 
 $(VENV)-oldest/.ready: $(VENV)/.test
 	$(PYTHON) -m venv $(VENV)-oldest

@@ -71,6 +71,21 @@ def memory(record: dict[str, Any]) -> list[str]:
     ]
 
 
+def passes(record: dict[str, Any]) -> list[str]:
+    """What a verification pass gains, by dtype and nodes."""
+    ways = list(record["rows"][0]["over_own_layers"])
+    return [
+        f"| dtype | nodes | {' | '.join(ways)} | joined products alone |",
+        "|---|---|" + "---|" * (len(ways) + 1),
+        *(
+            f"| {row['dtype']} | {row['nodes']} "
+            f"| {' | '.join(f'{ratio:.2f}x' for ratio in row['over_own_layers'].values())} "
+            f"| {row['joined_products_over_parts']:.2f}x |"
+            for row in record["rows"]
+        ),
+    ]
+
+
 KERNELS = list(dict.fromkeys(case.op for case in CASES))
 UNMEASURED = "Not yet measured."
 
@@ -133,6 +148,7 @@ README_BLOCKS = {
     "kernels": Block("ops_*.json", kernels, no_kernels),
 }
 ENGINE_BLOCKS = {
+    "passes": Block("passes_cpu.json", passes),
     "floors": Block(None, None, floors),
     "phases": Block("engine_*.json", phases, unmeasured_phases),
     "rounds": Block("engine_*.json", rounds),

@@ -54,7 +54,7 @@ def both_ways(model, dtype: torch.dtype, nodes: int, backend: Backend) -> tuple[
     return tuple(features_of(model, dtype, nodes, backend, fused) for fused in (False, True))
 
 
-@pytest.fixture(params=["reference", "emulated", pytest.param("cuda", marks=pytest.mark.gpu)])
+@pytest.fixture(params=["reference", "native", "emulated", pytest.param("cuda", marks=pytest.mark.gpu)])
 def kernels(request):
     return available(request.param)
 
@@ -125,7 +125,6 @@ def test_decoders_with_more_in_their_layers_are_left_to_themselves():
     others = [
         Qwen3ForCausalLM(Qwen3Config(**tiny._text(**SIZES), head_dim=64)),  # norms on queries and keys
         built("llama", hidden_act="gelu"),
-        built("llama", head_dim=48),
         built("qwen2", use_sliding_window=True, sliding_window=16, max_window_layers=0),
     ]
     for model in others:

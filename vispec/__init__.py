@@ -8,6 +8,7 @@ from types import ModuleType
 from vispec.compare import audit
 from vispec.decode import GenerationResult, GenerationStats, fast_generate, release
 from vispec.drafts import ViSpecDraft, load_draft
+from vispec.targets import join_projections
 from vispec.tree import TreeConfig
 
 __version__ = "0.1.0"
@@ -19,6 +20,7 @@ __all__ = [
     "ViSpecDraft",
     "audit",
     "fast_generate",
+    "join_projections",
     "load_draft",
     "release",
 ]

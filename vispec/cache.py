@@ -145,6 +145,10 @@ class KeyValueCache:
             else:
                 rows = torch.arange(new.shape[0], device=new.device)[:, None]
                 store[rows, :, self._slots] = new.transpose(1, 2)
+        return self.used(layer)
+
+    def used(self, layer: int) -> tuple[Tensor, Tensor]:
+        """One layer's keys and values in the slots that the present pass may read, [B, G, L', D] each."""
         return self.keys[layer][:, :, : self._used], self.values[layer][:, :, : self._used]
 
     def get_seq_length(self, layer: int = 0) -> int:

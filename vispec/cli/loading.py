@@ -23,6 +23,7 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_IMAGE_TEXT_TO_TEXT_
 
 from vispec import _native
 from vispec.drafts import load_draft
+from vispec.targets import join_projections
 
 DEMO = "demo"
 DTYPES = ("auto", "bfloat16", "float16", "float32")
@@ -116,6 +117,7 @@ def load(model: str, draft: str | None, *, dtype: str = "auto", device: str = "a
             processor = reader.from_pretrained(model)
             kind = AutoModelForImageTextToText if pictures else AutoModelForCausalLM
             found = kind.from_pretrained(model, dtype=wanted or "auto").to(place).eval()
+            join_projections(found)
         except (OSError, ValueError, ImportError, SafetensorError) as error:
             raise CommandError(f"--model {model}: {_first_paragraph(error)}") from error
     return Loaded(found, _draft(draft, found), processor)
@@ -129,6 +131,7 @@ def load_demo(dtype: torch.dtype | None, device: torch.device, draft: str | None
     transformers.utils.logging.disable_progress_bar()
     with progress("loading SmolLaVA (135 million parameters)", quiet):
         found, own, processor = demo.load(dtype=dtype, device=device)
+        join_projections(found)
     if draft is None:
         if own is None:
             print("demo: no draft is shipped; decoding plainly", file=sys.stderr)
@@ -147,6 +150,7 @@ def _load_other_demo(
     transformers.utils.logging.disable_progress_bar()
     with progress(f"loading SmolLaVA with {weights}", quiet):
         found, processor = load_target(dtype, device, weights=weights)
+        join_projections(found)
     return Loaded(found, _draft(draft, found), processor)
 
 

@@ -26,7 +26,8 @@ class TreePass:
 
     Args:
         cache: has begun the pass over the tree's nodes.
-        row_exact: layers that fit are computed by `ops.path_attention`, on every device.
+        exact_nodes: of so many nodes layers that fit are computed by `ops.path_attention`, on every device, and the
+            others are padding; 0: no such pass.
         dense: hand the decoder the dense mask. Otherwise `mask` is a stand-in of the same shape that holds NaN, so
             that a decoder which reads it after all gives logits that no round accepts.
 
@@ -36,12 +37,12 @@ class TreePass:
     """
 
     def __init__(
-        self, cache: KeyValueCache, tree: DraftTree, dtype: torch.dtype, *, dense: bool, row_exact: bool = False
+        self, cache: KeyValueCache, tree: DraftTree, dtype: torch.dtype, *, dense: bool, exact_nodes: int = 0
     ) -> None:
         self.cache = cache
         self.tree = tree
         self.dtype = dtype
-        self.row_exact = row_exact
+        self.exact_nodes = exact_nodes
         self.served: set[int] = set()
         if dense:
             self.mask = self.dense_mask
@@ -61,10 +62,13 @@ class TreePass:
 
     def attend(self, layer: int, query: Tensor, scale: float | None) -> Tensor:
         """One layer's attention by the op, over the whole cache: [B, T, H, D]."""
+        self.served.add(layer)
+        if self.exact_nodes:
+            mixed = attend_along_paths(query, self.cache, layer, self.tree.ancestors, self.exact_nodes, scale)
+            return mixed.transpose(1, 2)
         batch, heads, tokens, width = query.shape
         output = query.new_empty(batch, tokens, heads, width)
-        op = ops.path_attention if self.row_exact else ops.tree_attention
-        op(
+        ops.tree_attention(
             query,
             self.cache.keys[layer],
             self.cache.values[layer],
@@ -73,7 +77,6 @@ class TreePass:
             output=output.transpose(1, 2),
             scale=scale,
         )
-        self.served.add(layer)
         return output
 
     def fits(self, layer: int | None, query: Tensor, key: Tensor, value: Tensor, extras: Mapping[str, object]) -> bool:
@@ -84,9 +87,22 @@ class TreePass:
         # The layer may have repeated, joined or cut what the cache returned.
         if not (_is_view(key, keys) and _is_view(value, values)):
             return False
-        if self.row_exact:
+        if self.exact_nodes:
             return keys.shape == values.shape and keys.stride() == values.stride() and query.dtype is keys.dtype
         return ops.serves_tree_attention(query, keys, values)
+
+
+def attend_along_paths(
+    queries: Tensor, cache: KeyValueCache, layer: int, ancestors: Tensor, nodes: int, scale: float | None
+) -> Tensor:
+    """`ops.path_attention` [B, H, T, D] of rotated queries; where it may, of the first `nodes` alone, zeros behind."""
+    stores = cache.keys[layer], cache.values[layer]
+    mixed = torch.zeros_like(queries)
+    if not ops.counts_any_nodes(queries):
+        nodes = queries.shape[2]
+    seen = ancestors[:, :nodes].contiguous()
+    ops.path_attention(queries[:, :, :nodes], *stores, seen, cache.lengths, output=mixed[:, :, :nodes], scale=scale)
+    return mixed
 
 
 _running: ContextVar[TreePass | None] = ContextVar("vispec_tree_pass", default=None)

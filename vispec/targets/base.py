@@ -26,6 +26,8 @@ LOGIT_TRANSFORMS = {
     "output_multiplier_scale": 1.0,
 }
 
+_UNKNOWN = object()
+
 
 @dataclass
 class Captured:
@@ -71,6 +73,7 @@ class Target:
         self.model = model
         self.needs_mask = True
         self.row_exact = False
+        self._fused_decoder: FusedDecoder | None | object = _UNKNOWN
         self.decoder = _decoder_of(model)
         self.head = model.get_output_embeddings()
         self.text_config = config.get_text_config(decoder=True)
@@ -209,11 +212,14 @@ class Target:
         nodes = tree.size
         if nodes > self.most_nodes:
             raise ValueError(f"target: a tree must have at most {self.most_nodes} nodes, got {nodes}")
-        features = self._features(tree.padded(self.pass_rows(nodes)) if self.row_exact else tree, positions, cache)
+        exact_nodes = nodes if self.row_exact else 0
+        if exact_nodes:
+            tree = tree.padded(self.pass_rows(nodes))
+        features = self._features(tree, positions, cache, exact_nodes)
         return self.head(features)[:, :nodes], features[:, :nodes]
 
-    def _features(self, tree: DraftTree, positions: Tensor, cache: KeyValueCache) -> Tensor:
-        """The pass itself: the decoder's output [B, T, C]."""
+    def _features(self, tree: DraftTree, positions: Tensor, cache: KeyValueCache, exact_nodes: int) -> Tensor:
+        """The pass itself: the decoder's output [B, T, C]. `exact_nodes` as for `FusedDecoder`."""
         node_positions = positions[:, None] + tree.depths
         if self.max_positions is not None:
             # Nodes past the model's last position can never be emitted, but a table look-up must not fail.
@@ -222,9 +228,9 @@ class Target:
         cache.begin(tree.size)
         fused = self._fused(cache)
         if fused is not None:
-            return fused(tree.tokens, position_ids, tree.ancestors, cache, row_exact=self.row_exact)
-        dense = self.needs_mask and not self.row_exact
-        tree_pass = TreePass(cache, tree, self.dtype, dense=dense, row_exact=self.row_exact)
+            return fused(tree.tokens, position_ids, tree.ancestors, cache, exact_nodes=exact_nodes)
+        dense = self.needs_mask and not exact_nodes
+        tree_pass = TreePass(cache, tree, self.dtype, dense=dense, exact_nodes=exact_nodes)
         with attention_of(self.decoder.config, tree_pass):
             output = self.decoder(
                 input_ids=tree.tokens,
@@ -242,10 +248,13 @@ class Target:
         return output.last_hidden_state
 
     def _fused(self, cache: KeyValueCache) -> FusedDecoder | None:
-        """The decoder with our kernels between its layers, where there are kernels and nobody has altered it."""
-        keys, values = cache.keys[0], cache.values[0]
-        served = ops.serves_tree_attention(keys[:, :, :1], keys, values)
-        return FusedDecoder.of(self.decoder) if served else None
+        """The decoder with our ops between its products, where they are native and nobody has altered it."""
+        if not ops.serves_layers(cache.keys[0]):
+            return None
+        known = self._fused_decoder
+        if known is _UNKNOWN or (known is not None and known.is_altered):
+            self._fused_decoder = FusedDecoder.of(self.decoder)
+        return self._fused_decoder
 
     @contextmanager
     def _capture(self, captured: Captured) -> Iterator[None]:
