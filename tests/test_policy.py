@@ -239,6 +239,50 @@ def test_a_busy_machine_slows_all_sizes_alike():
     assert curve(1) == pytest.approx(3.0, rel=0.05)
 
 
+def test_three_surprises_in_a_row_are_a_new_level_and_fewer_are_hiccups():
+    curve = CostCurve(optimism=0.9)
+    for size, seconds in ((1, 1.0), (8, 2.0)) * 4:
+        curve.add(size, seconds)
+    for seconds in (30.0, 30.0, 1.0, 30.0, 0.02, 30.0):
+        curve.add(1, seconds)
+    assert (curve(1), curve(8)) == pytest.approx((1.0, 2.0))
+    for size, seconds in ((8, 60.0), (3, 40.0), (1, 30.0)):
+        assert curve(1) == pytest.approx(1.0)
+        curve.add(size, seconds)
+    assert (curve(1), curve(8)) == pytest.approx((30.0, 60.0))
+    assert not curve.measured(3), "a size that was tried during the change has no figure from before it"
+    for _ in range(3):
+        curve.add(8, 2.0)
+    assert (curve(1), curve(8)) == pytest.approx((1.0, 2.0)), "the shape has not taken the change for its own"
+
+
+@pytest.mark.parametrize("factor", (3, 30, 0.2))
+def test_it_keeps_its_pace_when_the_machine_changes_its_speed(factor):
+    """Another program comes for sixty rounds and goes; every time is a little uneven."""
+
+    def rates(curve, seed: int, changing: bool) -> tuple[float, float]:
+        noise, speed = random.Random(seed), 1.0
+
+        def uneven(seconds):
+            return lambda size: seconds(size) * speed * (1 + abs(noise.gauss(0, 0.15)))
+
+        speech = Speech(uneven(curve), uneven(LEVELS["alike"]), seed=seed)
+        policy = AdaptiveTree(widest=100)
+        speech.run(policy, 60)
+        speech.restart()
+        speed = factor if changing else 1.0
+        speech.run(policy, 60)
+        during, speed = speech.rate * speed, 1.0
+        speech.restart()
+        speech.run(policy, 60)
+        return during, speech.rate
+
+    found = [(rates(curve, seed, True), rates(curve, seed, False)) for curve in CURVES.values() for seed in range(3)]
+    for then in (0, 1):
+        disturbed, calm = (sum(pair[which][then] for pair in found) for which in (0, 1))
+        assert disturbed > 0.93 * calm
+
+
 def test_acceptance_begins_with_the_drafts_word_and_ends_with_what_came():
     acceptance = Acceptance()
     scores = torch.tensor([-0.01, -0.3, -1.2, -3.0, float("-inf")])

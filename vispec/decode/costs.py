@@ -7,9 +7,12 @@ from dataclasses import dataclass, field
 from statistics import median_low
 
 KEPT_SAMPLES = 9
-# How far one sample moves the level of the whole curve, and the most of a deviation that it may claim. Fast against
-# the samples of a shape, or the shape would take a change of the level for its own.
-DRIFT, LARGEST_DEVIATION = 0.4, 2.0
+# How far one sample of a size that is known well moves the level of the whole curve.
+DRIFT = 0.4
+# Samples after which a size is known well, the times that a sample may deviate before it is a surprise, and surprises
+# in a row, all up or all down, that make a new level. A surprise counts for nothing else: the shape must not take a
+# change of the level for its own, since it would keep it when the level changes back.
+WELL_KNOWN, SURPRISING, NEW_LEVEL = 3, 1.5, 3
 
 
 @dataclass
@@ -41,6 +44,7 @@ class CostCurve:
         self._forgotten_after = forgotten_after
         self._shape: dict[int, _Samples] = {}
         self._level = 1.0
+        self._surprises: list[float] = []
         self._passes = 0
 
     def add(self, size: int, seconds: float) -> None:
@@ -48,9 +52,8 @@ class CostCurve:
         self._passes += 1
         if not self._shape:
             self._level = seconds
-        elif size in self._shape:
-            deviation = seconds / self(size)
-            self._level *= min(max(deviation, 1 / LARGEST_DEVIATION), LARGEST_DEVIATION) ** DRIFT
+        elif self._is_surprising(size, seconds):
+            return
         samples = self._shape.setdefault(size, _Samples(self._passes))
         samples.last = self._passes
         samples.values.append(seconds / self._level)
@@ -61,6 +64,26 @@ class CostCurve:
                 for size, samples in self._shape.items()
                 if samples.last + self._forgotten_after * len(samples.values) > self._passes
             }
+
+    def _is_surprising(self, size: int, seconds: float) -> bool:
+        """Whether a sample deviates so far that it may be a new level's; the level follows one that does not."""
+        well_known = size in self._shape and len(self._shape[size].values) >= WELL_KNOWN
+        # After a surprise even a guess can tell whether it goes on.
+        if not (well_known or self._surprises):
+            return False
+        deviation = seconds / self(size)
+        if 1 / SURPRISING < deviation < SURPRISING:
+            self._surprises.clear()
+            if well_known:
+                self._level *= deviation**DRIFT
+            return False
+        if self._surprises and (self._surprises[0] > 1) != (deviation > 1):
+            self._surprises.clear()
+        self._surprises.append(deviation)
+        if len(self._surprises) == NEW_LEVEL:
+            self._level *= sorted(self._surprises)[NEW_LEVEL // 2]
+            self._surprises.clear()
+        return True
 
     def measured(self, size: int) -> bool:
         """Whether there is a figure for this size that is not too old."""

@@ -30,11 +30,15 @@ FIRST_ALLOWANCE, LARGEST_ALLOWANCE = 0.5, 2.5
 REENTRY = 0.2
 # One probe is charged at most so many plain steps: a hiccup of the machine must not lock speculation out.
 LARGEST_CHARGE = 2.0
+# One round loses at most so many tokens, for the same reason.
+LARGEST_LOSS = 1.0
 # Rounds that running means remember, rounds between two looks at the width, and looks until a width that did not
 # pay is tried again.
 ROUNDS_REMEMBERED = 24
 WIDTH_ROUNDS = 12
 WIDTH_PATIENCE = 8
+# Share of a level's time that a narrower one must save: less is noise.
+LEAST_SAVING = 0.01
 
 
 @dataclass
@@ -118,7 +122,8 @@ class AdaptiveTree:
         self._credit = 0.0
         # Share of a frontier's mass that its best children carry on.
         self.continuation = 0.7
-        self._tokens = self._seconds = 0.0
+        # Tokens a row, and what they took in plain steps of their time, so that a machine's speed cancels out.
+        self._tokens = self._steps = 0.0
         self._mass_of_rank = torch.zeros(max(WIDTHS))
         self._levels = 0.0
         self._looks = self._rounds_of_width = 0
@@ -131,7 +136,7 @@ class AdaptiveTree:
     def rate(self, rows: int) -> float:
         """Tokens a second that any further cost is weighed at."""
         plain = rows / self.target(1)
-        return max(plain, rows * self._tokens / self._seconds) if self._seconds and self.speculating else plain
+        return plain * max(self._tokens / self._steps, 1.0) if self._steps and self.speculating else plain
 
     def next(self, finished: Tensor) -> Growth | None:
         """See `TreePolicy.next`."""
@@ -162,19 +167,20 @@ class AdaptiveTree:
         if self.speculating:
             kept = 1 - 1 / ROUNDS_REMEMBERED
             self._tokens = kept * self._tokens + tokens
-            self._seconds = kept * self._seconds + seconds
+            self._steps = kept * self._steps + seconds / self.target(1)
             self._learn_width(probable, outcome.parents, plan.levels, rows)
 
     def _weigh(self, tokens: float, seconds: float, draft_seconds: float) -> None:
         """Switches speculation off where it keeps losing, and on again where probes keep winning."""
         plain = self.target(1)
-        gained = tokens - seconds / plain
+        # A pass that the machine held up says little of what speculation costs.
+        gained = max(tokens - seconds / plain, -LARGEST_LOSS)
         if self.speculating:
             self._allowance = min(self._allowance + gained, LARGEST_ALLOWANCE)
             if self._allowance < 0:
                 self.speculating, self._credit = False, 0.0
                 self._allowance = -REENTRY
-                self._tokens = self._seconds = 0.0
+                self._tokens = self._steps = 0.0
             return
         spent = (draft_seconds + self.target(2)) / plain - 1
         self._credit -= min(max(spent, 0.0), LARGEST_CHARGE)
@@ -206,7 +212,8 @@ class AdaptiveTree:
         if place > 0:
             narrower = self.widths[place - 1]
             lost = sum(masses[narrower : self.width])
-            if lost < price * (now - self.level_seconds(narrower)):
+            saved = now - self.level_seconds(narrower)
+            if saved > LEAST_SAVING * now and lost < price * saved:
                 if self.draft.measured(narrower):
                     self._narrowed[self.width] = self._looks
                 self._use_width(narrower)
