@@ -10,15 +10,12 @@
 #include <cstddef>
 #include <cstdint>
 #include <cstring>
-#include <stdexcept>
-#include <string>
 #include <type_traits>
+
+#include "launch.h"
 
 #if defined(VISPEC_EMULATED)
 #include <cmath>
-#include <tuple>
-
-#include "emu/emulator.h"
 #define VS_KERNEL static
 #define VS_DEVICE inline
 #define VS_HOST_DEVICE inline
@@ -46,10 +43,6 @@ namespace vs {
 
 constexpr unsigned kWarpSize = 32;
 
-struct Dim3 {
-  unsigned x = 1, y = 1, z = 1;
-};
-
 // Storage of the two 16-bit floats: bits only, so that kernels convert where they say so.
 struct Half {
   uint16_t bits;
@@ -76,23 +69,9 @@ VS_DEVICE void with_widest_word(uintptr_t together, F&& f) {
   f(uint8_t{});
 }
 
-// ---------------------------------------------------------------------------------------------- launching
+// ---------------------------------------------------------------------------------- blocks and threads
 
 #if defined(VISPEC_EMULATED)
-
-template <typename... Params, typename... Args>
-void launch(const char*, void (*kernel)(Params...), Dim3 grid, unsigned threads, size_t shared_bytes, void*,
-            const Args&... args) {
-  struct Call {
-    void (*kernel)(Params...);
-    std::tuple<Params...> args;
-  } call{kernel, std::tuple<Params...>(args...)};
-  emu::run(
-      {grid.x, grid.y, grid.z}, threads, shared_bytes,
-      [](void* p) { std::apply(static_cast<Call*>(p)->kernel, static_cast<Call*>(p)->args); }, &call);
-}
-
-inline size_t shared_limit() { return emu::shared_limit(); }
 
 VS_DEVICE unsigned thread_index() { return emu::thread_index(); }
 VS_DEVICE unsigned thread_count() { return emu::thread_count(); }
@@ -106,38 +85,6 @@ VS_DEVICE Dim3 grid_size() {
 }
 
 #else
-
-// More than 48 KiB of shared memory must be asked for once per kernel; both calls are legal during capture.
-template <typename... Params, typename... Args>
-void launch(const char* name, void (*kernel)(Params...), Dim3 grid, unsigned threads, size_t shared_bytes,
-            void* stream, const Args&... args) {
-  cudaError_t error = cudaSuccess;
-  if (shared_bytes > (48u << 10)) {
-    error = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize,
-                                 static_cast<int>(shared_bytes));
-  }
-  if (error == cudaSuccess) {
-    cudaLaunchConfig_t config{};
-    config.gridDim = dim3(grid.x, grid.y, grid.z);
-    config.blockDim = dim3(threads);
-    config.dynamicSmemBytes = shared_bytes;
-    config.stream = static_cast<cudaStream_t>(stream);
-    error = cudaLaunchKernelEx(&config, kernel, args...);
-  }
-  if (error != cudaSuccess) {
-    throw std::runtime_error(std::string(name) + ": launch failed: " + cudaGetErrorString(error));
-  }
-}
-
-// Bytes of shared memory that a block may ask for on the current device.
-inline size_t shared_limit() {
-  int device = 0, bytes = 0;
-  cudaError_t error = cudaGetDevice(&device);
-  if (error == cudaSuccess)
-    error = cudaDeviceGetAttribute(&bytes, cudaDevAttrMaxSharedMemoryPerBlockOptin, device);
-  if (error != cudaSuccess) throw std::runtime_error(cudaGetErrorString(error));
-  return static_cast<size_t>(bytes);
-}
 
 VS_DEVICE unsigned thread_index() { return threadIdx.x; }
 VS_DEVICE unsigned thread_count() { return blockDim.x; }
@@ -262,6 +209,19 @@ VS_DEVICE int lowest_bit(uint32_t x) {
 #endif
 }
 
+// Four bytes of a and b: those that the selector's hexadecimal digits name, the lowest byte's last; 0 to 3
+// are a's, 4 to 7 b's.
+VS_DEVICE uint32_t byte_permute(uint32_t a, uint32_t b, uint32_t selector) {
+#if defined(VISPEC_EMULATED)
+  const uint64_t both = uint64_t{b} << 32 | a;
+  uint32_t bytes = 0;
+  for (int i = 0; i < 32; i += 8) bytes |= (both >> (selector >> i / 2 & 7u) * 8 & 0xFFu) << i;
+  return bytes;
+#else
+  return __byte_perm(a, b, selector);
+#endif
+}
+
 // The upper halves of the full products.
 VS_DEVICE uint32_t multiply_high(uint32_t a, uint32_t b) {
 #if defined(VISPEC_EMULATED)
@@ -337,6 +297,27 @@ VS_DEVICE float square_root(float x) {  // correctly rounded likewise
 #endif
 }
 
+// a - b of two pairs of T (Half or BFloat16).
+template <typename T>
+VS_DEVICE uint32_t subtract_pairs(uint32_t a, uint32_t b) {
+#if defined(VISPEC_EMULATED)
+  const auto part = [a, b](int shift) {
+    const T x{static_cast<uint16_t>(a >> shift)}, y{static_cast<uint16_t>(b >> shift)};
+    return uint32_t{from_float<T>(to_float(x) - to_float(y)).bits} << shift;
+  };
+  return part(0) | part(16);
+#else
+  uint32_t difference;
+  if constexpr (std::is_same<T, BFloat16>::value) {
+    // -1 times b, plus a: before sm_90 there is no subtraction.
+    asm("fma.rn.bf16x2 %0, %1, %2, %3;" : "=r"(difference) : "r"(b), "r"(0xBF80BF80u), "r"(a));
+  } else {
+    asm("sub.rn.f16x2 %0, %1, %2;" : "=r"(difference) : "r"(a), "r"(b));
+  }
+  return difference;
+#endif
+}
+
 // ------------------------------------------------------------------------------------------ vector access
 
 template <typename Word>
@@ -367,6 +348,19 @@ VS_DEVICE Word16 load_readonly(const void* pointer VS_AND_AT) {
 #else
   Word16 w;
   asm("ld.global.nc.v4.u32 {%0, %1, %2, %3}, [%4];"
+      : "=r"(w.v[0]), "=r"(w.v[1]), "=r"(w.v[2]), "=r"(w.v[3])
+      : "l"(pointer));
+  return w;
+#endif
+}
+
+// The same for what a launch reads once: it does not push what is read again out of the L1 cache.
+VS_DEVICE Word16 load_streaming(const void* pointer VS_AND_AT) {
+#if defined(VISPEC_EMULATED)
+  return load<Word16>(pointer, site);
+#else
+  Word16 w;
+  asm("ld.global.nc.L1::no_allocate.v4.u32 {%0, %1, %2, %3}, [%4];"
       : "=r"(w.v[0]), "=r"(w.v[1]), "=r"(w.v[2]), "=r"(w.v[3])
       : "l"(pointer));
   return w;

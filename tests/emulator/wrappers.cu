@@ -181,8 +181,9 @@ void test_arrivals() {
 VS_KERNEL void vectors(const uint32_t* in, uint32_t* out) {
   const unsigned t = vs::thread_index();
   const vs::Word16 a = vs::load<vs::Word16>(in + 4 * t), b = vs::load_readonly(in + 4 * t);
+  const vs::Word16 c = vs::load_streaming(in + 4 * t);
   vs::Word16 sum;
-  for (int i = 0; i < 4; ++i) sum.v[i] = a.v[i] + b.v[i];
+  for (int i = 0; i < 4; ++i) sum.v[i] = a.v[i] + b.v[i] + c.v[i];
   vs::store<vs::Word16>(out + 4 * t, sum);
   const vs::Word8 half = vs::load<vs::Word8>(in + 4 * t + 2);
   vs::store<vs::Word8>(out + 128 + 2 * t, half);
@@ -193,7 +194,7 @@ void test_vectors() {
   Buffer<uint32_t> in(128), out(192 + 16);
   for (unsigned i = 0; i < 128; ++i) in[i] = i * 1000 + 1;
   run(vectors, {1, 1, 1}, 32, 0, in.get(), out.get());
-  for (unsigned i = 0; i < 128; ++i) EXPECT(out[i] == 2 * in[i], i);
+  for (unsigned i = 0; i < 128; ++i) EXPECT(out[i] == 3 * in[i], i);
   for (unsigned t = 0; t < 32; ++t) {
     EXPECT(out[128 + 2 * t] == in[4 * t + 2] && out[129 + 2 * t] == in[4 * t + 3], t);
     EXPECT((out[192 + t / 2] >> (t % 2 * 16) & 0xFFFF) == (in[4 * t] & 0xFFFF), t);
@@ -262,6 +263,32 @@ void test_conversions() {
   }
 }
 
+// Differences of all numbers whose last places are alike, which are exact, and of others, which round.
+template <typename T>
+VS_KERNEL void differences(uint32_t* out, int fraction_bits) {
+  const unsigned i = vs::block_index().x * vs::thread_count() + vs::thread_index();
+  const unsigned exponent = i >> fraction_bits,
+                 other = (exponent << fraction_bits) + (i * 7 & ((1u << fraction_bits) - 1));
+  out[2 * i] = vs::subtract_pairs<T>(i | other << 16, other | i << 16);
+  out[2 * i + 1] = vs::subtract_pairs<T>(i | 0x3C00u << 16, 0x3A55u | i << 16);
+}
+
+template <typename T>
+void test_differences(int exponent_bits, int fraction_bits) {
+  const unsigned count = ((1u << exponent_bits) - 1) << fraction_bits;  // finite, not negative
+  Buffer<uint32_t> out(2 * count);
+  run(differences<T>, {count / 128, 1, 1}, 128, 0, out.get(), fraction_bits);
+  const auto value = [&](unsigned bits) { return value_of(bits & 0xFFFF, exponent_bits, fraction_bits); };
+  for (unsigned i = 0; i < count; ++i) {
+    const unsigned other = (i >> fraction_bits << fraction_bits) + (i * 7 & ((1u << fraction_bits) - 1));
+    EXPECT(value(out[2 * i]) == value(i) - value(other), i);
+    EXPECT(value(out[2 * i] >> 16) == value(other) - value(i), i);
+    const auto rounded = [](double x) { return vs::from_float<T>(static_cast<float>(x)).bits; };
+    EXPECT((out[2 * i + 1] & 0xFFFF) == rounded(value(i) - value(0x3A55)), i);
+    EXPECT(out[2 * i + 1] >> 16 == rounded(value(0x3C00) - value(i)), i);
+  }
+}
+
 VS_KERNEL void arithmetic(uint64_t* wide, float* real) {
   wide[0] = static_cast<uint64_t>(vs::count_bits(0xF0F0A001u));
   wide[1] = static_cast<uint64_t>(vs::lowest_bit(0xA0000100u));
@@ -271,12 +298,14 @@ VS_KERNEL void arithmetic(uint64_t* wide, float* real) {
   wide[5] = (vs::is_nan(vs::infinity()) ? 1u : 0u) + (vs::is_nan(vs::infinity() - vs::infinity()) ? 2u : 0u);
   const float near = 1.0f + 0x1p-12f;  // its square needs 25 bits: fused, the last one would be left
   wide[6] = vs::bit_cast<uint32_t>(vs::add(vs::multiply(near, near), -(1.0f + 0x1p-11f)));
+  wide[7] = uint64_t{vs::byte_permute(0x33221100u, 0x77665544u, 0x7250u)} << 32 |
+            vs::byte_permute(0x33221100u, 0x77665544u, 0x4316u);
   for (int i = 0; i < 300; ++i) real[i] = vs::exp2_fast(static_cast<float>(i - 280) * 0.37f);
   real[300] = vs::exp2_fast(-vs::infinity());
 }
 
 void test_arithmetic() {
-  Buffer<uint64_t> wide(7);
+  Buffer<uint64_t> wide(8);
   Buffer<float> real(301);
   run(arithmetic, {1, 1, 1}, 32, 0, wide.get(), real.get());
   EXPECT(wide[0] == 11, 0);
@@ -286,6 +315,7 @@ void test_arithmetic() {
   EXPECT(wide[4] == 0x3EAAAAAB, 0);
   EXPECT(wide[5] == 2, 0);
   EXPECT(wide[6] == 0, 0);
+  EXPECT(wide[7] == 0x7722550044331166ull, 0);
   for (int i = 0; i < 300; ++i) {
     const double truth = std::exp2(static_cast<double>(static_cast<float>(i - 280) * 0.37f));
     EXPECT(std::fabs(real[i] - truth) <= 4e-7 * truth, i);
@@ -416,6 +446,8 @@ int main() {
   test_arrivals();
   test_vectors();
   test_conversions();
+  test_differences<vs::BFloat16>(8, 7);
+  test_differences<vs::Half>(5, 10);
   test_arithmetic();
   test_copies<4>();
   test_copies<8>();
