@@ -1,4 +1,5 @@
-// The ops between a decoder layer's products, one short block each: rms_norm, silu_mul.
+// The ops between a decoder layer's products, one short block each: rms_norm, silu_mul; and int8_linear, which
+// a CPU leaves to torch.
 #include "bind.h"
 
 namespace vispec::bindings {
@@ -44,6 +45,27 @@ void silu_mul(py::handle gate_, py::handle up_, py::handle output_, bool parity,
   run(VISPEC_DISPATCH(silu_mul, gate.cuda()), op);
 }
 
+#if defined(VISPEC_HAS_KERNELS)
+void int8_linear(py::handle rows_, py::handle weight_, py::handle scales, py::handle output_, py::handle bias,
+                 uintptr_t stream) {
+  const TensorView rows("rows", rows_), weight("weight", weight_), output("output", output_);
+  Int8Linear op{};
+  op.rows = rows.data();
+  op.weight = weight.int8s();
+  op.scales = TensorView("scales", scales).floats();
+  if (!bias.is_none()) op.bias = TensorView("bias", bias).data();
+  op.output = output.data();
+  op.row_stride = rows.stride(0);
+  op.output_stride = output.stride(0);
+  op.dtype = rows.floating();
+  op.M = rows.size(0);
+  op.N = weight.size(0);
+  op.C = rows.size(1);
+  op.stream = stream_of(stream);
+  run(cuda::int8_linear, op);
+}
+#endif
+
 }  // namespace
 
 void bind_layer(py::module_& module) {
@@ -52,6 +74,10 @@ void bind_layer(py::module_& module) {
              arg("residual"), arg("epsilon"), arg("parity"), arg("stream"));
   module.def("silu_mul", silu_mul, arg("gate"), arg("up"), py::kw_only(), arg("output"), arg("parity"),
              arg("stream"));
+#if defined(VISPEC_HAS_KERNELS)
+  module.def("int8_linear", int8_linear, arg("rows"), arg("weight"), arg("scales"), py::kw_only(),
+             arg("output"), arg("bias"), arg("stream"));
+#endif
 }
 
 }  // namespace vispec::bindings

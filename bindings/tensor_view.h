@@ -46,6 +46,7 @@ class TensorView {
 
   int64_t* int64s() const { return static_cast<int64_t*>(checked("torch.int64")); }
   int32_t* int32s() const { return static_cast<int32_t*>(checked("torch.int32")); }
+  int8_t* int8s() const { return static_cast<int8_t*>(checked("torch.int8")); }
   float* floats() const { return static_cast<float*>(checked("torch.float32")); }
 
   DType floating() const {

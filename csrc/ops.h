@@ -199,6 +199,20 @@ struct SiluMul {
   void* stream;
 };
 
+// A linear layer of N output columns whose weight is int8, scaled a column: sums of products with the weight
+// in fp32, in an order that depends on C alone, times the scale, plus the bias, rounded once.
+struct Int8Linear {
+  const void* rows;                   // [M, C] dtype
+  const int8_t* weight;               // [N, C] starts at a multiple of 16 bytes
+  const float* scales;                // [N]
+  const void* bias;                   // [N] dtype, or null
+  void* output;                       // [M, N] dtype; no part of `rows`
+  int64_t row_stride, output_stride;  // elements
+  DType dtype;
+  int64_t M, N, C;  // C a multiple of 16, at least 16
+  void* stream;
+};
+
 // A vision adaptor's attention over the image rows of P spans, which are keys and values at once:
 // output[p, r] = softmax over j of (queries[r] . rows[j]), times rows, over the rows j of span p. fp32 sums.
 struct Adaptor {
@@ -242,6 +256,7 @@ int64_t path_attention_workspace_bytes(const TreeAttention&);
 void path_attention(const TreeAttention&);
 void rms_norm(const RmsNorm&);
 void silu_mul(const SiluMul&);
+void int8_linear(const Int8Linear&);
 int64_t adaptor_workspace_bytes(int64_t N, int64_t C, int64_t R, int64_t P);
 void adaptor(const Adaptor&);
 }  // namespace cuda

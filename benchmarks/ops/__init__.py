@@ -8,6 +8,7 @@ from benchmarks.ops import (
     build_tree,
     commit,
     grow_level,
+    int8_linear,
     path_attention,
     rms_norm,
     rope_append,
@@ -27,5 +28,6 @@ MODULES = (
     rope_append,
     rms_norm,
     silu_mul,
+    int8_linear,
 )
 CASES: list[Case] = [case for module in MODULES for case in module.CASES]

@@ -235,6 +235,27 @@ void activate() {
   for (size_t i = 0; i < up.size(); ++i) EXPECT(up[i] == 0.0f, static_cast<long long>(i));
 }
 
+// More columns than a step a warp, not whole steps of them; a second block of outputs, and of rows with 33.
+void multiply(DType dtype, int64_t M) {
+  constexpr int64_t N = 33, C = 592;
+  const size_t element = dtype == DType::f32 ? 4 : 2;
+  Buffer<float> rows(static_cast<size_t>(M * C)), output(static_cast<size_t>(M * N)), scales(N, 0.5f);
+  Buffer<int8_t> weight(N * C, -2);
+  const auto place = [&](Buffer<float>& values, size_t i) {
+    return reinterpret_cast<char*>(values.get()) + i * element;
+  };
+  const uint32_t one = dtype == DType::f32 ? 0x3F800000u : dtype == DType::f16 ? 0x3C00u : 0x3F80u;
+  for (size_t i = 0; i < rows.size(); ++i) std::memcpy(place(rows, i), &one, element);
+  vispec::Int8Linear p{};
+  p.rows = rows.get(), p.weight = weight.get(), p.scales = scales.get(), p.output = output.get();
+  p.row_stride = C, p.output_stride = N;
+  p.dtype = dtype, p.M = M, p.N = N, p.C = C;
+  vispec::cuda::int8_linear(p);
+  const uint32_t sum = dtype == DType::f32 ? 0xC4140000u : dtype == DType::f16 ? 0xE0A0u : 0xC414u;  // -592
+  for (size_t i = 0; i < output.size(); ++i)
+    EXPECT(std::memcmp(place(output, i), &sum, element) == 0, static_cast<long long>(i));
+}
+
 // Overlapping spans over two blocks of columns: each worker's run has more stages than the pipeline holds.
 void compress() {
   constexpr int64_t N = 145, C = 264, R = 9, P = 3;
@@ -258,6 +279,9 @@ void compress() {
 
 void rest() {
   activate();
+  multiply(DType::f32, 2);
+  multiply(DType::f16, 9);
+  multiply(DType::bf16, 33);
   for (size_t T : {9, 1}) {
     attend(T, false);
     attend(T, true);

@@ -18,6 +18,7 @@ BARRIERS = [
     ("accept_list.cuh", "(vs::atomic_add(&work.listed[row], uint64_t{listed}));\n  }\n", "accept_list"),
     ("accept_filter.cuh", "ascending[below] = row.list[thread];\n  }\n", "cut_listed"),
     ("accept_filter.cuh", "state[0] = state[1] = state[2] = 0;\n", "gather"),
+    ("int8_linear.cuh", "  sums.store(parts + warp * kInt8Part<kGroups>);\n", "int8_linear_rows"),
     ("tree_attention.cuh", "    vs::copy_wait<1>();\n", "attention_splits"),
     ("tree_attention.cuh", "words, W, at, first);\n", "clear_unseen"),
     ("tree_attention.cuh", "half * 8, sums, half, maximum[half], total[half]);\n", "store_parts"),
@@ -39,7 +40,7 @@ def test_removed_barriers_are_races(folder, tmp_path):
         barrier = text.index("vs::sync_block();", start)
         assert not text[start:barrier].strip(), f"{function}: the place of its barrier has changed"
         (source / file).write_text(text[:barrier] + text[barrier + len("vs::sync_block();") :])
-    files = ("accept.cu", "adaptor.cu", "build_tree.cu", "tree_attention.cu")
+    files = ("accept.cu", "adaptor.cu", "build_tree.cu", "int8_linear.cu", "tree_attention.cu")
     altered = {name: source / name for name in files}
     program = programs.build("ops", "thread", folder, kernels=programs.KERNELS, altered=altered)
     done = programs.call(program, seed=1)

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from tests.ops.cases import floats, integers
-from vispec.ops import accept, build_tree, commit, grow_level, tree_attention
+from vispec.ops import accept, build_tree, commit, grow_level, int8_linear, tree_attention
 from vispec.ops.accept import Sampling
 
 CHUNK = 4096  # columns of a block of accept
@@ -323,3 +323,34 @@ def test_keys_merge_in_ascending_order(kernels, H, slots):
     ancestors, lengths = torch.ones(1, 1, 1, dtype=torch.int64), torch.tensor([L - 1])
     found = kernels.run(tree_attention, queries, keys, values, ancestors, lengths, output=output, scale=1.0)
     assert found["output"][0, :, 0, :2].tolist() == [[0.0, 1.0]] * H
+
+
+def projected(backend, rows: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+    """[M, N] by int8_linear with scales of their own."""
+    M, N = rows.shape[0], weight.shape[0]
+    output, scales = rows.new_full((M, N), torch.nan), torch.linspace(0.01, 0.02, N)
+    return backend.run(int8_linear, rows, weight, scales, output=output)["output"]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
+def test_a_row_is_projected_alike_in_every_batch(kernels, dtype):
+    """The sums' order depends on the columns alone: the same bits in blocks of 8, 16 or 32 rows, again, and from rows
+    that start anywhere."""
+    generator = torch.Generator().manual_seed(6)
+    rows = torch.randn(37, 1104, generator=generator).to(dtype)
+    weight = torch.randint(-128, 128, (43, 1104), generator=generator).to(torch.int8)
+    together = projected(kernels, rows, weight)
+    assert torch.equal(projected(kernels, rows, weight), together)
+    for first, count in ((0, 1), (30, 7), (8, 8), (3, 9), (20, 16), (5, 17)):
+        assert torch.equal(projected(kernels, rows[first : first + count], weight), together[first : first + count])
+    apart = torch.full((37 * 1107 + 1,), torch.nan, dtype=dtype).as_strided(rows.shape, (1107, 1), 1)
+    apart.copy_(rows)
+    assert torch.equal(projected(kernels, apart, weight), together)
+
+
+def test_a_weight_that_starts_beside_the_vectors(kernels):
+    weight = torch.zeros(6 * 32 + 1, dtype=torch.int8)[1:].view(6, 32)
+    with pytest.raises(
+        ValueError, match="int8_linear: .*weight start at a multiple of 16 bytes, .*C=32 and a start 1 "
+    ):
+        projected(kernels, torch.zeros(2, 32), weight)

@@ -32,6 +32,7 @@ BUDGETS = {
     "build_tree_rows": 40,
     "commit_columns": 128,
     "grow_level_blocks": 64,  # two blocks of 512 threads an SM
+    "int8_linear_rows": 255,  # of float32 rows; of 16-bit rows two blocks of 256 threads take 128 each
     "path_newest": 128,
     "path_sealed": 255,  # at head 256; the sums alone are 128
     "rms_norm_rows": 64,

@@ -8,6 +8,7 @@ from vispec.ops.backend import use_backend
 from vispec.ops.build_tree import build_tree, build_tree_reference
 from vispec.ops.commit import Gather, RowState, commit, commit_reference, pointer_table
 from vispec.ops.grow_level import grow_level, grow_level_reference
+from vispec.ops.int8_linear import int8_linear, int8_linear_reference, int8_weight
 from vispec.ops.path_attention import PATH_NODES, counts_any_nodes, path_attention, path_attention_reference
 from vispec.ops.rms_norm import rms_norm, rms_norm_reference, serves_layers
 from vispec.ops.rope_append import Tail, rope_append, rope_append_reference
@@ -34,6 +35,9 @@ __all__ = [
     "counts_any_nodes",
     "grow_level",
     "grow_level_reference",
+    "int8_linear",
+    "int8_linear_reference",
+    "int8_weight",
     "path_attention",
     "path_attention_reference",
     "pointer_table",

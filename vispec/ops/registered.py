@@ -18,6 +18,7 @@ from vispec.ops.adaptor import adaptor
 from vispec.ops.build_tree import build_tree
 from vispec.ops.commit import commit
 from vispec.ops.grow_level import grow_level
+from vispec.ops.int8_linear import int8_linear
 from vispec.ops.path_attention import path_attention
 from vispec.ops.rms_norm import rms_norm
 from vispec.ops.rope_append import rope_append
@@ -99,3 +100,4 @@ register(path_attention, writes=("output",))
 register(rope_append, writes=("keys", "values", "output"))
 register(rms_norm, writes=("output", "residual"))
 register(silu_mul, writes=("output",))
+register(int8_linear, writes=("output",))
