@@ -35,6 +35,7 @@ from rich.console import Console
 from rich.table import Table
 from transformers import PreTrainedModel
 
+import vispec
 from benchmarks.engine.case import LONG, SHORT, Case, measure, unless_out_of_memory
 from benchmarks.engine.floors import Machine, Setting
 from benchmarks.engine.quantised import quantise
@@ -59,13 +60,15 @@ class Asked:
     repeats: int = 3
     compiled: bool = False
     profile: Path | None = None
+    draft_weights: str | None = None
 
 
 def build(shape: Shape, dtype: torch.dtype, device: str, quantised: str | None) -> PreTrainedModel:
-    """The target, its layers of 8-bit weights where that is asked for."""
+    """The target, its layers of 8-bit weights where that is asked for, other weights laid together."""
     model = shape.build(dtype, device)
     if quantised:
         quantise(model)
+    vispec.join_projections(model)
     return model
 
 
@@ -77,7 +80,7 @@ def rows_of(
         about = {"context": setting.context, "batch": setting.batch}
 
         def run(setting: Setting = setting) -> dict[str, Any]:
-            case = Case(shape, model, setting, LONG if asked.machine else SHORT)
+            case = Case(shape, model, setting, LONG if asked.machine else SHORT, asked.draft_weights)
             if asked.profile is not None:
                 case.profile(asked.profile, f"{name}_{setting.context}_{setting.batch}")
             return measure(case, asked.machine, asked.repeats, asked.compiled)
@@ -97,7 +100,7 @@ def check(profile: Path | None = None) -> list[dict[str, Any]]:
         for quantised in (None, *QUANTISED):
             model = build(shape, torch.float32, device, quantised)
             settings = [Setting(TINY_CONTEXT, TINY_CONTEXT, batch) for batch in (1, 2)]
-            for row in rows_of(name, shape, model, settings, Asked(None, profile=profile)):
+            for row in rows_of(name, shape, model, settings, Asked(None, profile=profile, draft_weights=quantised)):
                 # The last round is cut at the answer's end.
                 if abs(row["tau"] - shape.tau) > 0.5:
                     raise SystemExit(f"bench_engine: {name} must accept about {shape.tau} tokens a round: {row}")
@@ -149,12 +152,19 @@ def measured_machine() -> tuple[Machine, dict[str, float]]:
 def full_size(arguments: argparse.Namespace) -> list[dict[str, Any]]:
     """Measures what was asked for; the record is written after every row."""
     machine, ceilings = measured_machine()
-    asked = Asked(machine, arguments.repeats, arguments.compiled, arguments.profile)
+    asked = Asked(machine, arguments.repeats, arguments.compiled, arguments.profile, arguments.draft_weights)
+    draft_bytes = 1 if arguments.draft_weights else 2
     rows: list[dict[str, Any]] = []
     for name in arguments.targets:
         shape = SHAPES[name]
         settings = [
-            Setting(context, context, batch, weight_bytes=1 if arguments.quantised else 2)
+            Setting(
+                context,
+                context,
+                batch,
+                weight_bytes=1 if arguments.quantised else 2,
+                draft_weight_bytes=draft_bytes,
+            )
             # Ascending, because `generate` keeps a static cache at the greatest length that it has had.
             for context in sorted(arguments.contexts)
             for batch in arguments.batches
@@ -166,7 +176,8 @@ def full_size(arguments: argparse.Namespace) -> list[dict[str, Any]]:
         else:
             found = rows_of(name, shape, model, settings, asked)
         for row in found:
-            rows.append({"dtype": "bfloat16", "quantised": arguments.quantised, **row})
+            about = {"quantised": arguments.quantised, "draft_weights": arguments.draft_weights}
+            rows.append({"dtype": "bfloat16", **about, **row})
             if model is not None:
                 console.print(table(row))
             if arguments.json:
@@ -184,6 +195,7 @@ def main() -> None:
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--compiled", action="store_true", help="also measure generate's compiled static cache")
     parser.add_argument("--quantised", choices=QUANTISED, help="widen layers of 8-bit weights before each product")
+    parser.add_argument("--draft-weights", choices=QUANTISED, help="the draft's rounds read 8-bit weights")
     parser.add_argument("--profile", type=Path, metavar="FOLDER", help="write Chrome traces of a few rounds a case")
     parser.add_argument(
         "--plot", type=Path, metavar="FILE", help="draw times and floors (SVG or PNG; needs matplotlib)"

@@ -1,5 +1,5 @@
-// The ops between a decoder layer's products, one short block each: rms_norm, silu_mul; and int8_linear, which
-// a CPU leaves to torch.
+// The ops between a decoder layer's products, one short block each: rms_norm, silu_mul; and int8_linear,
+// which a CPU leaves to torch.
 #include "bind.h"
 
 namespace vispec::bindings {

@@ -97,7 +97,9 @@ CEILINGS = {"copy_gigabytes_per_second": 1.0, "matmul_teraflops": 1.0}
 
 def asked(**options) -> argparse.Namespace:
     found = {"targets": ["tiny-llava"], "contexts": [24], "batches": [1], "repeats": 1, "compiled": False}
-    return argparse.Namespace(**{**found, "quantised": None, "profile": None, "json": None, **options})
+    return argparse.Namespace(
+        **{**found, "quantised": None, "draft_weights": None, "profile": None, "json": None, **options}
+    )
 
 
 def test_a_run_writes_phases_floors_and_what_it_is_compared_with(on_this_cpu, tmp_path):
@@ -136,7 +138,7 @@ def test_a_case_that_does_not_fit_is_a_row_and_the_others_are_measured(on_this_c
     def about(setting):
         return {"context": setting.context, "batch": setting.batch}
 
-    monkeypatch.setattr(bench_engine, "Case", lambda shape, model, setting, tokens: setting)
+    monkeypatch.setattr(bench_engine, "Case", lambda shape, model, setting, *more: setting)
     monkeypatch.setattr(
         bench_engine, "measure", lambda setting, *more: no_memory() if setting.batch == 4 else about(setting)
     )
@@ -164,7 +166,8 @@ def test_a_rival_that_does_not_fit_is_named(on_this_cpu, monkeypatch):
 
 def test_the_page_shows_a_record(tmp_path):
     figures = {"ms": 1.5, "floor_ms": 1.0, "times_over_floor": 1.5}
-    row = {"target": "llava-1.6-7b", "dtype": "bfloat16", "quantised": None, "context": 2048, "batch": 1}
+    row = {"target": "llava-1.6-7b", "dtype": "bfloat16", "quantised": None, "draft_weights": None}
+    row |= {"context": 2048, "batch": 1}
     fits = {
         **row,
         "phases": {name: figures for name in PHASES},
@@ -182,8 +185,9 @@ def test_the_page_shows_a_record(tmp_path):
     }
     tight = {**row, "target": "llava-1.6-13b", "out_of_memory": ["vispec"]}
     eight = {**fits, "quantised": "int8", "replayed_round": None}
+    rounded = {**fits, "draft_weights": "int8", "replayed_round": None}
     lost = {**tight, "context": None, "batch": None, "out_of_memory": ["weights"]}
-    record = {"circumstances": CIRCUMSTANCES, "ceilings": CEILINGS, "rows": [fits, eight, tight]}
+    record = {"circumstances": CIRCUMSTANCES, "ceilings": CEILINGS, "rows": [fits, eight, rounded, tight]}
     (tmp_path / "engine_h100.json").write_text(json.dumps(record))
     text = tables.rendered(tables.ENGINE.read_text(), tmp_path, tables.ENGINE)
     lines = text.splitlines()
@@ -194,6 +198,7 @@ def test_the_page_shows_a_record(tmp_path):
     measured = "7.50 ms (1.5x) | 1.50 ms (1.5x) | 400 | 2.50x | 9.00x |  |"
     assert f"| llava-1.6-7b | bfloat16 | 2048 | 1 | {measured}" in lines
     assert f"| llava-1.6-7b | int8 | 2048 | 1 | {measured}" in lines
+    assert f"| llava-1.6-7b | bfloat16, draft's int8 | 2048 | 1 | {measured}" in lines
     assert "| llava-1.6-13b | bfloat16 | 2048 | 1 | more memory than there is |  |  |  |  |  |" in lines
     assert "Floors: bytes at 1 GB/s, matrix operations at 1 TFLOP/s, both measured in the same run." in lines
     assert "not captured" in " ".join(page.phases({"rows": [{**fits, "replayed_round": None}]}))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from xml.etree import ElementTree
 
@@ -46,7 +47,7 @@ def test_a_pass_of_the_target_by_hand():
     assert layers == Work(2 * weights, 2 * 12 * weights)
     # Keys and values of 9 slots, 2 layers, 3 rows; 12 queries and as many outputs of 8.
     assert attention == Work(2 * (2 * 2 * 4 * 9 * 3 + 2 * 2 * 12 * 8), 2 * 12 * 2 * 9 * 8 * 2)
-    assert head == head_pass(SMALL, SETTING, 4) == Work(2 * (80 + 12 * 10), 2 * 12 * 80)
+    assert head == head_pass(SMALL, SETTING, 4, 2) == Work(2 * (80 + 12 * 10), 2 * 12 * 80)
     eight_bits = Setting(5, 3, 3, SETTING.tree, weight_bytes=1)
     assert target_pass(SMALL, eight_bits, 4) == [Work(weights, 2 * 12 * weights), attention, head]
 
@@ -56,6 +57,11 @@ def test_a_pass_of_the_draft_by_hand():
     # Four matrices 8 x 8, the MLP, the input map 16 x 8.
     weights = 4 * 64 + 3 * 96 + 128
     assert layer == Work(2 * weights, 2 * 6 * weights)
+    eight_bits = replace(SETTING, draft_weight_bytes=1)
+    assert draft_layer_pass(SMALL, eight_bits, 2, 4) == [Work(weights, 2 * 6 * weights), attention]
+    levels = [round_phases(SMALL, setting)["draft levels"] for setting in (SETTING, eight_bits)]
+    saved = sum(work.bytes_moved for work in levels[0]) - sum(work.bytes_moved for work in levels[1])
+    assert saved == weights + 2 * 80, "one pass of the layer, two of the head"
     # 7 slots of 3 rows, keys and values; 6 queries and outputs.
     assert attention == Work(2 * (2 * 7 * 8 * 3 + 2 * 6 * 8), 2 * 6 * 2 * 7 * 8)
 
@@ -64,9 +70,9 @@ def test_the_phases_of_a_round_by_hand():
     phases = round_phases(SMALL, SETTING)
     assert list(phases) == list(PHASES)
     reading = Work(2 * 3 * 10)
-    first = [head_pass(SMALL, SETTING, 1), reading]
+    first = [head_pass(SMALL, SETTING, 1, 2), reading]
     # One level of two rows behind the first.
-    level = [*draft_layer_pass(SMALL, SETTING, 2, 2), head_pass(SMALL, SETTING, 2), Work(2 * reading.bytes_moved)]
+    level = [*draft_layer_pass(SMALL, SETTING, 2, 2), head_pass(SMALL, SETTING, 2, 2), Work(2 * reading.bytes_moved)]
     assert phases["draft levels"] == first + level
     assert phases["verify"] == target_pass(SMALL, SETTING, 4)
     assert phases["accept"] == [Work(4 * reading.bytes_moved)]
@@ -82,7 +88,7 @@ def test_the_drafts_floor_counts_the_weights_that_its_pass_reads(name):
     model = shape.build(torch.bfloat16, "meta")
     draft = vispec.ViSpecDraft.for_target(model)
     read = [weight for weight in draft.layers.parameters() if weight.ndim == 2]
-    read.append(DraftRuntime(draft, load_target(model)).input_weight)
+    read.append(DraftRuntime(draft, load_target(model)).inputs.weight)
     layer, _ = draft_layer_pass(shape, SETTING, 1, 0)
     assert layer.bytes_moved == 2 * sum(weight.numel() for weight in read)
     projections = [draft.imadpt.v_proj.weight, draft.imadpt.o_proj.weight]

@@ -68,11 +68,14 @@ class Case:
     The draft is told what verification says, and then proposes it.
     """
 
-    def __init__(self, shape: Shape, model: PreTrainedModel, setting: Setting, tokens: int) -> None:
+    def __init__(
+        self, shape: Shape, model: PreTrainedModel, setting: Setting, tokens: int, draft_weights: str | None = None
+    ) -> None:
         self.shape, self.model, self.setting = shape, model, setting
         self.tokens = tokens
         self.inputs = prompts(shape, setting.context, setting.batch, str(model.device))
         self.real = vispec.ViSpecDraft.for_target(model)
+        self.real.weights = draft_weights
         self.draft = PacedDraft(self.real, self._true_answers(), shape.tau, setting.tree)
 
     def _true_answers(self) -> Tensor:

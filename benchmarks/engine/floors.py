@@ -57,7 +57,8 @@ class Setting:
     Attributes:
         context: tokens in the target's cache.
         draft_context: tokens in the draft's cache, where a picture is one row.
-        weight_bytes: of one weight in the target's layers; the head, the draft and the caches have `element_bytes`.
+        weight_bytes: of one weight in the target's layers; its head and the caches have `element_bytes`.
+        draft_weight_bytes: of one weight in the draft's layer and in the head as the draft reads it.
     """
 
     context: int
@@ -66,6 +67,7 @@ class Setting:
     tree: TreeConfig = field(default_factory=TreeConfig)
     element_bytes: int = 2
     weight_bytes: int = 2
+    draft_weight_bytes: int = 2
 
 
 def target_pass(shape: Shape, setting: Setting, nodes: int) -> list[Work]:
@@ -77,14 +79,15 @@ def target_pass(shape: Shape, setting: Setting, nodes: int) -> list[Work]:
         Work(shape.layer_weights * setting.weight_bytes, 2 * rows * shape.layer_weights),
         # Scores and sums of values, every node against all slots.
         Work((cache + 2 * queries) * size, 4 * queries * (setting.context + nodes)),
-        head_pass(shape, setting, nodes),
+        head_pass(shape, setting, nodes, setting.element_bytes),
     ]
 
 
-def head_pass(shape: Shape, setting: Setting, nodes: int) -> Work:
+def head_pass(shape: Shape, setting: Setting, nodes: int, weight_bytes: int) -> Work:
     """The output layer over so many nodes a row."""
     rows = setting.batch * nodes
-    return Work((shape.head_weights + rows * shape.vocabulary) * setting.element_bytes, 2 * rows * shape.head_weights)
+    logits = rows * shape.vocabulary * setting.element_bytes
+    return Work(shape.head_weights * weight_bytes + logits, 2 * rows * shape.head_weights)
 
 
 def reading_logits(shape: Shape, setting: Setting, nodes: int) -> Work:
@@ -99,7 +102,7 @@ def draft_layer_pass(shape: Shape, setting: Setting, nodes: int, tail: int) -> l
     weights = 4 * shape.hidden * width + 3 * shape.hidden * shape.intermediate + 2 * shape.hidden**2
     slots = setting.draft_context + tail
     return [
-        Work(weights * size, 2 * rows * weights),
+        Work(weights * setting.draft_weight_bytes, 2 * rows * weights),
         # Queries, keys and values all have the full width.
         Work((setting.batch * 2 * slots + 2 * rows) * width * size, 4 * rows * slots * width),
     ]
@@ -118,10 +121,11 @@ def adaptor_pass(shape: Shape, rows: int, element_bytes: int = 2) -> list[Work]:
 def round_phases(shape: Shape, setting: Setting) -> dict[str, list[Work]]:
     """The parts of each of `PHASES`."""
     tree = setting.tree
-    levels = [head_pass(shape, setting, 1), reading_logits(shape, setting, 1)]
+    size = setting.draft_weight_bytes
+    levels = [head_pass(shape, setting, 1, size), reading_logits(shape, setting, 1)]
     for level in range(1, tree.depth + 1):
         levels += draft_layer_pass(shape, setting, tree.top_k, level * tree.top_k)
-        levels += [head_pass(shape, setting, tree.top_k), reading_logits(shape, setting, tree.top_k)]
+        levels += [head_pass(shape, setting, tree.top_k, size), reading_logits(shape, setting, tree.top_k)]
     # The root's keys and values lie where they belong; each accepted node's are read and written.
     moved = 2 * setting.batch * shape.tau * shape.cache_elements(1) * setting.element_bytes
     parts = (

@@ -27,16 +27,17 @@ def floors() -> str:
     """Each phase of a round of each target, its sum, and a plain step; last what copies reach in practice."""
     head = ["target", *PHASES, "round", "plain step"]
     practice = f"at {H100_IN_PRACTICE.bytes_per_second / 1e12:.2f} TB/s"
-    lines = [*header([*head, f"round {practice}", f"plain step {practice}"])]
+    lines = [*header([*head, f"round {practice}", f"plain step {practice}", f"round {practice}, draft in int8"])]
     for name in SHAPES:
         found = [*floors_of(name, H100_DATA_SHEET).values(), *list(floors_of(name, H100_IN_PRACTICE).values())[-2:]]
+        found.append(floors_of(name, H100_IN_PRACTICE, draft_weight_bytes=1)["round"])
         lines.append(line([name, *(duration(value) for value in found)]))
     return "\n".join(lines)
 
 
-def floors_of(name: str, machine: Machine) -> dict[str, float]:
+def floors_of(name: str, machine: Machine, draft_weight_bytes: int = 2) -> dict[str, float]:
     """Least seconds of each phase, of "round" and of "plain step" of one target."""
-    shape, setting = SHAPES[name], Setting(CONTEXT, DRAFT_CONTEXT)
+    shape, setting = SHAPES[name], Setting(CONTEXT, DRAFT_CONTEXT, draft_weight_bytes=draft_weight_bytes)
     found = {phase: machine.seconds(parts) for phase, parts in round_phases(shape, setting).items()}
     found["round"] = sum(found.values())
     found["plain step"] = machine.seconds(target_pass(shape, setting, 1))
@@ -82,7 +83,7 @@ def phases(record: Mapping[str, Any]) -> list[str]:
 
 def is_typical(row: Mapping[str, Any]) -> bool:
     """Whether a row of a record is of the floors' setting."""
-    return row["context"] == CONTEXT and row["batch"] == 1 and not row["quantised"]
+    return row["context"] == CONTEXT and row["batch"] == 1 and not (row["quantised"] or row["draft_weights"])
 
 
 def phase_cells(row: Mapping[str, Any]) -> list[str]:
@@ -111,7 +112,10 @@ def rounds(record: Mapping[str, Any]) -> list[str]:
     head += ["over own plain", "over `generate`", "over compiled `generate`"]
     lines = header(head)
     for row in record["rows"]:
-        about = [row["target"], row["quantised"] or row["dtype"], f"{row['context'] or ''}", f"{row['batch'] or ''}"]
+        weights = row["quantised"] or row["dtype"]
+        if row["draft_weights"]:
+            weights += f", draft's {row['draft_weights']}"
+        about = [row["target"], weights, f"{row['context'] or ''}", f"{row['batch'] or ''}"]
         lines.append(line([*about, *round_cells(row)]))
     ceilings = record["ceilings"]
     return [

@@ -17,6 +17,7 @@ from vispec.drafts.lookup import PromptLookupDraft
 from vispec.drafts.medusa import MedusaDraft, MedusaDraftConfig
 from vispec.drafts.oracle import OracleDraft
 from vispec.drafts.vispec import ViSpecDraft, ViSpecDraftConfig
+from vispec.drafts.weights import check_format
 from vispec.targets import load_target
 
 SAFETENSORS = "model.safetensors"
@@ -28,7 +29,7 @@ DERIVED = ("layers.0.self_attn.rotary_emb.inv_freq",)
 
 
 def load_draft(
-    folder_or_hub_id: str | Path, target: Any, *, local_files_only: bool = False
+    folder_or_hub_id: str | Path, target: Any, *, local_files_only: bool = False, weights: str | None = None
 ) -> ViSpecDraft | MedusaDraft | PromptLookupDraft | OracleDraft:
     """Loads a draft for a target, in the target's dtype and on its device.
 
@@ -41,12 +42,19 @@ def load_draft(
             ``JLKang/ViSpec-Qwen2.5-VL-7B-Instruct``; or ``prompt-lookup`` or ``oracle``, which have no weights.
         target: the Hugging Face model that the draft was made for.
         local_files_only: do not ask the hub for what is not in the local cache.
+        weights: "int8" halves what a round of a ViSpec or EAGLE draft reads on a GPU, and takes half a draft's and a
+            head's memory more, since the prompt is still read with the weights as they are. It cannot change an
+            answer, only how much of a tree is accepted. On a CPU it is slower. None: as they are.
 
     Raises:
         FileNotFoundError: no config or no weights.
-        ValueError: a corrupt or unsafe file, tensors missing or left over, or a draft made for another target.
+        ValueError: a corrupt or unsafe file, tensors missing or left over, a draft made for another target, or weights
+            in a format that this kind of draft cannot have.
     """
+    check_format(weights)
     target = load_target(target)
+    if weights is not None and str(folder_or_hub_id) in NAMED:
+        raise ValueError(f"load_draft: weights must be None for {folder_or_hub_id}, which has none, got {weights!r}")
     if str(folder_or_hub_id) in NAMED:
         return NAMED[str(folder_or_hub_id)]()
     folder = _folder(folder_or_hub_id, local_files_only)
@@ -64,6 +72,13 @@ def load_draft(
         config = _config(settings, tensors, folder)
         _drop_embedding(tensors, config)
         draft = ViSpecDraft(config)
+    if weights is not None:
+        if not isinstance(draft, ViSpecDraft) or draft.config.hidden_size % 16 or draft.config.intermediate_size % 16:
+            raise ValueError(
+                "load_draft: weights must be None for drafts other than ViSpec's and EAGLE's, and where sizes are no "
+                f"multiples of 16, got {weights!r} for {type(draft).__name__}"
+            )
+        draft.weights = weights
     draft.check(target)
     _fill(draft, tensors, folder)
     return draft.to(device=target.device, dtype=target.dtype).eval().requires_grad_(False)

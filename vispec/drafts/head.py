@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-import torch.nn.functional as F
 from torch import Tensor, nn
+
+from vispec.drafts.weights import Product
 
 
 class DraftHead:
@@ -11,19 +12,20 @@ class DraftHead:
 
     Dimension letters: Vd tokens of the draft's vocabulary, C hidden units.
 
+    Args:
+        tokens: [Vd] int64, the token id of each column; empty: the whole vocabulary.
+        form: of the weights, see `weights.FORMATS`; int8 is a copy too.
+
     Attributes:
-        weight: [Vd, C].
-        bias: [Vd], or None.
-        tokens: [Vd] int64, the token id of each column; None: the whole vocabulary.
+        tokens: [Vd] int64, or None for the whole vocabulary.
     """
 
-    def __init__(self, head: nn.Module, tokens: Tensor) -> None:
+    def __init__(self, head: nn.Module, tokens: Tensor, form: str | None = None) -> None:
         self.tokens = tokens if tokens.numel() else None
         picked = slice(None) if self.tokens is None else self.tokens
         bias = getattr(head, "bias", None)
-        self.weight = head.weight.detach()[picked]
-        self.bias = None if bias is None else bias.detach()[picked]
+        self._product = Product(head.weight.detach()[picked], None if bias is None else bias.detach()[picked], form)
 
     def __call__(self, hidden: Tensor) -> Tensor:
         """Logits [..., Vd] of features [..., C]."""
-        return F.linear(hidden, self.weight, self.bias)
+        return self._product(hidden)

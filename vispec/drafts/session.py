@@ -12,6 +12,7 @@ from torch.nn.utils.rnn import pad_sequence
 from vispec.cache import GROWTH_SLOTS, KeyValueCache
 from vispec.drafts.growth import TreeGrower
 from vispec.drafts.head import DraftHead
+from vispec.drafts.weights import Product, rounded
 from vispec.prompt import Prompt
 from vispec.tree import DraftTree, TreeConfig, chain_words
 
@@ -27,7 +28,8 @@ class DraftRuntime:
     `fc` and `img_fc` are multiplied out, which halves the work of a row:
     fc([e ; img_fc([f ; g])]) = We e + (Wf Wi) f + (Wf Wg) g + (Wf b_img + b), and the two last terms are constant
     between pictures. The adaptor's queries are folded with its key projection. Rounding apart these are the
-    same maps, and the draft's rounding never reaches an answer.
+    same maps, and the draft's rounding never reaches an answer. So what a round reads, the layer, its input map and
+    the head, may be rounded to int8 as well; the prompt is read with the weights as they are.
     """
 
     def __init__(self, draft: ViSpecDraft, target: Target) -> None:
@@ -35,12 +37,14 @@ class DraftRuntime:
         self.dtype = draft.fc.weight.dtype
         weight, image = draft.fc.weight.float(), draft.img_fc.weight.float()
         through = weight[:, width:]
-        self.input_weight = torch.cat([weight[:, :width], through @ image[:, :width]], dim=1).to(self.dtype)
+        inputs = torch.cat([weight[:, :width], through @ image[:, :width]], dim=1).to(self.dtype)
+        self.inputs = Product(inputs, None, draft.weights)
         self.visual_weight = (through @ image[:, width:]).to(self.dtype)
         bias = through @ draft.img_fc.bias.float()
         self.input_bias = (bias if draft.fc.bias is None else bias + draft.fc.bias.float()).to(self.dtype)
         self.absorbed = None if draft.imadpt is None else draft.imadpt.absorbed_queries().to(self.dtype)
-        self.head = DraftHead(target.head, draft.head_tokens)
+        self.layer = rounded(draft.layers[0], draft.weights)
+        self.head = DraftHead(target.head, draft.head_tokens, draft.weights)
 
     def constant(self, visual: Tensor) -> Tensor:
         """What the global features [B, C] add to every later row, [B, 1, C]."""
@@ -48,7 +52,7 @@ class DraftRuntime:
 
     def rows(self, embeddings: Tensor, features: Tensor, constant: Tensor) -> Tensor:
         """Input rows of the layer, [B, M, C]."""
-        return F.linear(torch.cat([embeddings, features], -1), self.input_weight) + constant
+        return self.inputs(torch.cat([embeddings, features], -1)) + constant
 
 
 class ViSpecSession:
@@ -115,7 +119,7 @@ class ViSpecSession:
         hidden = self.runtime.rows(self.embedding(tokens), features, self._constant)
         self.cache.begin(count)
         positions = self._positions[:, None] + torch.arange(count, device=device)
-        output = self.draft(hidden, positions, chain_words(batch, count, device), self.cache)
+        output = self.draft(hidden, positions, chain_words(batch, count, device), self.cache, self.runtime.layer)
         last = output[torch.arange(batch, device=device), (counts - 1).clamp(min=0)]
         self._last.copy_(torch.where((counts > 0)[:, None], last, self._last))
         self.cache.advance(counts, host_counts)
@@ -141,4 +145,4 @@ class ViSpecSession:
         hidden = self.runtime.rows(self.embedding(tokens), parents, self._constant)
         self.cache.begin(top_k, offset=level * top_k)
         positions = (self._positions + level)[:, None].expand(-1, top_k)
-        return self.draft(hidden, positions, ancestors, self.cache)
+        return self.draft(hidden, positions, ancestors, self.cache, self.runtime.layer)

@@ -20,6 +20,7 @@ from vispec.cache import KeyValueCache
 from vispec.drafts.base import check_sizes
 from vispec.drafts.files import write_draft
 from vispec.drafts.session import DraftRuntime, ViSpecSession
+from vispec.drafts.weights import check_format
 from vispec.prompt import Prompt, Span
 from vispec.targets import Target, load_target
 from vispec.tree import seen_slots
@@ -212,6 +213,10 @@ class ViSpecDraft(nn.Module):
 
     Make one with `for_target` or `vispec.load_draft`. Parameters are named as in the published files, but for
     `embed_tokens`, which belongs to the target.
+
+    Attributes:
+        weights: "int8": rounds read the layer's and the head's weights rounded to int8, in copies that are made when
+            they are first needed; None: as they are. It cannot change an answer.
     """
 
     def __init__(self, config: ViSpecDraftConfig) -> None:
@@ -231,6 +236,7 @@ class ViSpecDraft(nn.Module):
         self.imadpt = VisionAdaptor(config) if config.num_queries else None
         # Token ids that the draft's reduced head may propose, [Vd]; empty: the whole vocabulary.
         self.register_buffer("head_tokens", torch.empty(0, dtype=torch.int64))
+        self.weights: str | None = None
         self._runtime: tuple[tuple, DraftRuntime] | None = None
         self._reset_image_input()
 
@@ -279,15 +285,16 @@ class ViSpecDraft(nn.Module):
         positions: Tensor,
         ancestors: Tensor | None = None,
         store: KeyValueCache | None = None,
+        layer: DraftLayer | None = None,
     ) -> Tensor:
         """The layer on input rows [B, M, C] at positions [B, M]: predicted features [B, M, C].
 
         `ancestors` [B, M, W] says in the words of `ops.tree_attention` which slots behind the committed ones each row
         reads, the last M being the rows' own (None: rows are a prompt, read causally); `store` is a `KeyValueCache`
-        that has begun this pass.
+        that has begun this pass; `layer` stands in for the draft's own.
         """
         rotary = rotary_tables(positions, self.config.head_dim, self.config.rope_theta, hidden.dtype)
-        return self.layers[0](hidden, rotary, ancestors, store)
+        return (layer or self.layers[0])(hidden, rotary, ancestors, store)
 
     def compress(
         self, embeddings: Tensor, spans: Sequence[Span], absorbed: Tensor | None = None
@@ -355,8 +362,10 @@ class ViSpecDraft(nn.Module):
 
     def runtime(self, target: Target) -> DraftRuntime:
         """What follows from the present weights, computed again only after they changed."""
-        changes = ((p.data_ptr(), 0 if p.is_inference() else p._version) for p in self.parameters())
-        version = (id(target.head.weight), len(self.head_tokens), *changes)
+        check_format(self.weights)
+        weights = (target.head.weight, *self.parameters())
+        changes = ((id(p), p.data_ptr(), 0 if p.is_inference() else p._version) for p in weights)
+        version = (len(self.head_tokens), self.weights, *changes)
         if self._runtime is None or self._runtime[0] != version:
             self._runtime = (version, DraftRuntime(self, target))
         return self._runtime[1]
