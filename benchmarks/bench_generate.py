@@ -3,7 +3,7 @@
     python -m benchmarks.bench_generate                    # the demo model and its pictures
     python -m benchmarks.bench_generate --tree fixed       # the demo's own tree alone, without "auto"
     python -m benchmarks.bench_generate --sweep            # several trees, and "auto"
-    python -m benchmarks.bench_generate --random-draft     # a draft of random weights: what speculation may lose
+    python -m benchmarks.bench_generate --random-draft     # a draft of random weights, and none: what "auto" may lose
     python -m benchmarks.bench_generate --memory           # peak memory, each way in a process of its own
     python -m benchmarks.bench_generate --json benchmarks/results/generate.json
 
@@ -18,6 +18,7 @@ import statistics
 import subprocess
 import sys
 from dataclasses import asdict
+from itertools import product
 from typing import Any
 
 import torch
@@ -122,11 +123,13 @@ def measure_speed(arguments: argparse.Namespace) -> list[dict[str, Any]]:
         trees = ["auto", *SWEEP]
     for dtype in arguments.dtypes:
         model, draft, processor = demo.load(dtype=getattr(torch, dtype))
+        vispec.join_projections(model)
+        drafts = {"own": draft}
         if arguments.random_draft:
             torch.manual_seed(0)
-            draft = vispec.ViSpecDraft.for_target(model)
+            drafts = {"random": vispec.ViSpecDraft.for_target(model), "none": None}
         inputs = prompts(processor, arguments.pictures)
-        for tree in trees:
+        for (name, draft), tree in product(drafts.items(), trees):
             found = [
                 compare(
                     model,
@@ -135,11 +138,10 @@ def measure_speed(arguments: argparse.Namespace) -> list[dict[str, Any]]:
                     tree=tree,
                     max_new_tokens=arguments.max_new_tokens,
                     repeats=arguments.repeats,
-                    prompt_lookup=not arguments.sweep,
+                    prompt_lookup=not (arguments.sweep or arguments.random_draft),
                 )
                 for _, prompt in track(inputs, description=f"{dtype} {tree}", console=console, transient=True)
             ]
-            name = "random" if arguments.random_draft else "own"
             rows.append({"dtype": dtype, "draft": name, **summarise(tree, found)})
             console.print(table(rows[-1:]))
     return rows
@@ -157,6 +159,7 @@ def peak_of_child(way: str, arguments: argparse.Namespace) -> int:
 def child(arguments: argparse.Namespace) -> None:
     """Answers one prompt plainly or with the draft and prints its own peak memory."""
     model, draft, processor = demo.load(dtype=getattr(torch, arguments.dtypes[0]))
+    vispec.join_projections(model)
     (_, inputs), *_ = prompts(processor, 1)
     if arguments.child == "plain":
         model.generate(**inputs, max_new_tokens=arguments.max_new_tokens, do_sample=False)
@@ -189,7 +192,9 @@ def main() -> None:
     parser.add_argument(
         "--tree", nargs="+", choices=("auto", "fixed"), default=["auto", "fixed"], help="fixed: the demo's own"
     )
-    parser.add_argument("--random-draft", action="store_true", help="a draft of random weights in place of the demo's")
+    parser.add_argument(
+        "--random-draft", action="store_true", help="a draft of random weights, and none, in place of the demo's"
+    )
     parser.add_argument("--sweep", action="store_true", help="try several trees")
     parser.add_argument("--memory", action="store_true", help="measure peak memory instead of speed")
     parser.add_argument("--json", help="write the record here")

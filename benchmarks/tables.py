@@ -71,6 +71,35 @@ def memory(record: dict[str, Any]) -> list[str]:
     ]
 
 
+def sweep(record: dict[str, Any]) -> list[str]:
+    """Fixed trees beside "auto", which the last column compares them with."""
+    auto = {row["dtype"]: row["speed_up"] for row in record["rows"] if row["tree"] == "auto"}
+    return [
+        '| dtype | tree (depth, top_k, nodes) | tau | over `generate` | "auto" over it |',
+        "|---|---|---|---|---|",
+        *(
+            f"| {row['dtype']} | {tree_text(row)} | {row['tau']:.2f} | {row['speed_up']:.2f}x "
+            f"| {auto[row['dtype']] / row['speed_up']:.2f}x |"
+            for row in record["rows"]
+        ),
+    ]
+
+
+def useless(record: dict[str, Any]) -> list[str]:
+    """A draft of random weights under "auto" beside plain decoding on the same engine."""
+    plain = {row["dtype"]: row["speed_up"] for row in record["rows"] if row["draft"] == "none"}
+    return [
+        "| dtype | draft | over `generate` | over plain decoding here |",
+        "|---|---|---|---|",
+        *(
+            f"| {row['dtype']} | {row['draft']} | {row['speed_up']:.2f}x "
+            f"| {row['speed_up'] / plain[row['dtype']]:.2f}x |"
+            for row in record["rows"]
+            if row["tree"] == "auto"
+        ),
+    ]
+
+
 def passes(record: dict[str, Any]) -> list[str]:
     """What a verification pass gains, by dtype and nodes."""
     ways = list(record["rows"][0]["over_own_layers"])
@@ -149,6 +178,8 @@ README_BLOCKS = {
 }
 ENGINE_BLOCKS = {
     "passes": Block("passes_cpu.json", passes),
+    "sweep": Block("sweep_cpu.json", sweep),
+    "useless": Block("random_draft_cpu.json", useless),
     "floors": Block(None, None, floors),
     "phases": Block("engine_*.json", phases, unmeasured_phases),
     "rounds": Block("engine_*.json", rounds),
