@@ -7,8 +7,8 @@ from torch import Tensor, nn
 from vispec.drafts.weights import Product
 
 
-class DraftHead:
-    """A view of the target's head, or a copy of the rows that a reduced vocabulary needs.
+class DraftHead(Product):
+    """A view of the target's head, or a copy of the rows that a reduced vocabulary needs: logits [..., Vd] of [..., C].
 
     Dimension letters: Vd tokens of the draft's vocabulary, C hidden units.
 
@@ -21,11 +21,7 @@ class DraftHead:
     """
 
     def __init__(self, head: nn.Module, tokens: Tensor, form: str | None = None) -> None:
-        self.tokens = tokens if tokens.numel() else None
-        picked = slice(None) if self.tokens is None else self.tokens
+        picked = tokens if tokens.numel() else slice(None)
         bias = getattr(head, "bias", None)
-        self._product = Product(head.weight.detach()[picked], None if bias is None else bias.detach()[picked], form)
-
-    def __call__(self, hidden: Tensor) -> Tensor:
-        """Logits [..., Vd] of features [..., C]."""
-        return self._product(hidden)
+        super().__init__(head.weight.detach()[picked], None if bias is None else bias.detach()[picked], form)
+        self.tokens = tokens if tokens.numel() else None
