@@ -96,13 +96,16 @@ def attend_along_paths(
     queries: Tensor, cache: KeyValueCache, layer: int, ancestors: Tensor, nodes: int, scale: float | None
 ) -> Tensor:
     """`ops.path_attention` [B, H, T, D] of rotated queries; where it may, of the first `nodes` alone, zeros behind."""
+    batch, heads, tokens, width = queries.shape
     stores = cache.keys[layer], cache.values[layer]
-    mixed = torch.zeros_like(queries)
+    # As the output projection reads it.
+    mixed = queries.new_empty(batch, tokens, heads, width)
     if not ops.counts_any_nodes(queries):
-        nodes = queries.shape[2]
-    seen = ancestors[:, :nodes].contiguous()
-    ops.path_attention(queries[:, :, :nodes], *stores, seen, cache.lengths, output=mixed[:, :, :nodes], scale=scale)
-    return mixed
+        nodes = tokens
+    mixed[:, nodes:] = 0
+    seen, output = ancestors[:, :nodes].contiguous(), mixed[:, :nodes].transpose(1, 2)
+    ops.path_attention(queries[:, :, :nodes], *stores, seen, cache.lengths, output=output, scale=scale)
+    return mixed.transpose(1, 2)
 
 
 _running: ContextVar[TreePass | None] = ContextVar("vispec_tree_pass", default=None)

@@ -120,7 +120,8 @@ class FusedDecoder:
             )
             tail, stores = Tail(keys, values, cosines, sines), (cache.keys[index], cache.values[index])
             if in_kernel and not exact_nodes:
-                mixed = torch.empty_like(queries)
+                # As the output projection reads it.
+                mixed = queries.new_empty(batch, nodes, queries.shape[1], self.width).transpose(1, 2)
                 ops.tree_attention(
                     queries, *stores, ancestors, cache.lengths, output=mixed, scale=self.scale, tail=tail
                 )
