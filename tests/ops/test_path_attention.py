@@ -161,6 +161,15 @@ def test_keys_at_minus_infinity_count_for_nothing(backend):
     torch.testing.assert_close(call(backend, inputs).double(), plain(inputs, torch.float64), rtol=2e-3, atol=2e-3)
 
 
+def test_a_node_whose_keys_are_all_at_minus_infinity_gets_zeros(backend):
+    inputs = make(Case([130, 20], T=3, H=4, G=2, L=150), torch.float16)
+    inputs.queries = inputs.queries.abs() + 0.1
+    expected = call(backend, inputs)
+    inputs.keys[0] = -torch.inf
+    got = call(backend, inputs)
+    assert bool((got[0] == 0).all()) and torch.equal(got[1], expected[1])
+
+
 def test_bits_beyond_the_tail_count_for_nothing(backend):
     inputs = make(Case([120], T=5, L=200), torch.bfloat16)
     expected = call(backend, inputs)
