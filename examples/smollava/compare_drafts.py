@@ -5,6 +5,7 @@ printed that makes the table of docs/training.md out of them.
 """
 
 import argparse
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -69,7 +70,11 @@ def main() -> None:
                 # One pass of self-rollout from the first step on, as published: a short run has no time for four.
                 shared += ["--mtp-steps", "1", "--mtp-warmup", "0", "--warmup-epochs", "0.25"]
                 places = ["--out", str(folder), "--feature-cache", str(options.out / "features")]
-                resumed = ["--resume"] if (folder / "checkpoints").exists() else []
+                started = (folder / "checkpoints").exists()
+                resumed = ["--resume"] if started else []
+                if not started:
+                    # The log of a run that was stopped before its first checkpoint, which `fit` would not write over.
+                    shutil.rmtree(folder, ignore_errors=True)
                 command("fit", *model, "--data", *options.data, *shared, *changes, *places, *resumed)
             folder.mkdir(exist_ok=True)
             asked = ["--source", options.held_out, "--image-root", options.image_root, "--extension", ""]
